@@ -1,0 +1,105 @@
+"""What every benchmark script shares: interleaved timing, peak memory, machine limits, a table and a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Row:
+    """One line of a benchmark: a measured ratio, what it must reach, and the numbers behind it."""
+
+    case: str
+    peer: str
+    ratio: float
+    target: str
+    reached: bool
+    ours_seconds: float
+    peer_seconds: float
+    detail: dict[str, float | str] = field(default_factory=dict)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def times(*functions: Callable[[], object], repeats: int = 7, warmup: int = 1) -> list[float]:
+    """Median seconds of each function; rounds are interleaved so that drift of the machine hits all alike."""
+    for function in functions:
+        for _ in range(warmup):
+            function()
+    samples: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for kept, function in zip(samples, functions, strict=True):
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            kept.append(time.perf_counter() - start)
+    return [statistics.median(kept) for kept in samples]
+
+
+def gemm_limit(size: int = 2048) -> float:
+    """FLOP/s this machine reaches on one square float32 matrix product."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / times(lambda: a @ b, repeats=9, warmup=2)[0]
+
+
+def machine() -> dict[str, object]:
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gemm_gflops": round(gemm_limit() / 1e9, 1),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line] \
+        if info.exists() else []
+    return names[0] if names else platform.processor()
+
+
+def report(name: str, rows: list[Row]) -> None:
+    """Print the table and write ``results/<name>.json`` whole or not at all."""
+    host = machine()
+    table = Table(title=f"{name} — {host['threads']} threads, torch {host['torch']}, GEMM {host['gemm_gflops']} GFLOP/s")
+    for column in ("case", "peer", "ratio", "target", "reached", "ours", "peer's", "detail"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(
+            row.case, row.peer, f"{row.ratio:.2f}", row.target, "yes" if row.reached else "NO",
+            f"{row.ours_seconds * 1e3:.1f} ms", f"{row.peer_seconds * 1e3:.1f} ms",
+            ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                      for key, value in row.detail.items()),
+        )
+    Console(width=180).print(table)
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{name}.json"
+    partial = target.with_suffix(".json.part")
+    partial.write_text(json.dumps({"machine": host, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    os.replace(partial, target)
+
+
+def threads_argument() -> None:
+    """Every script takes ``--threads`` (2 by default, so that numbers compare across machines)."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    torch.set_num_threads(parser.parse_args().threads)
