@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+_MOST_LISTED = 20
+
+
 def require(condition: bool, owner: str, problem: str, way_out: str) -> None:
     """Raise ``ValueError("owner: problem; way_out")`` unless `condition` holds."""
     if not condition:
@@ -18,5 +21,6 @@ def one_of(owner: str, name: str, value: object, valid: Iterable[str]) -> None:
     if value in choices:
         return
     near = get_close_matches(str(value), choices, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"valid values: {', '.join(map(repr, choices))}"
+    listed = ", ".join(map(repr, choices[:_MOST_LISTED])) + (", …" if len(choices) > _MOST_LISTED else "")
+    hint = f"did you mean {near[0]!r}?" if near else f"valid values: {listed}"
     raise ValueError(f"{owner}: {name} {value!r} is not known; {hint}")

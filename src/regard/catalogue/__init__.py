@@ -1,0 +1,19 @@
+"""Floor 1: what exists, what it promises, where it comes from."""
+
+from regard.catalogue.contract import Contract, OptionSet, Pattern
+from regard.catalogue.papers import Paper, paper, papers
+from regard.catalogue.registry import Card, card, create, mechanisms, register
+
+__all__ = [
+    "Card",
+    "Contract",
+    "OptionSet",
+    "Paper",
+    "Pattern",
+    "card",
+    "create",
+    "mechanisms",
+    "paper",
+    "papers",
+    "register",
+]

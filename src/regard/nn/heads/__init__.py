@@ -1,0 +1,1 @@
+"""Mechanisms that change how heads are made and shared."""

@@ -1,0 +1,183 @@
+"""Biases: what is added to the scaled scores, asked of index tensors like a mask; parameters receive gradients.
+
+A bias of one's own is a frozen dataclass derived from `Bias` with one method, `score`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from regard.ops.checks import require
+from regard.ops.value import Value
+
+
+class Bias(Value):
+    """Answers "what is added to the score of query i and key j in head h?"."""
+
+    shift_invariant: ClassVar[bool] = False
+    """Whether `score` depends on head and key − query alone; a tile then needs one value per diagonal."""
+
+    def score(
+        self, batch: Int[Tensor, "..."], head: Int[Tensor, "..."], query: Int[Tensor, "..."], key: Int[Tensor, "..."]
+    ) -> Float[Tensor, "..."]:
+        """The additive score over index tensors that broadcast together; `query` is its position among the keys."""
+        raise NotImplementedError(f"{type(self).__name__} must define score(batch, head, query, key)")
+
+    def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
+        """Raise ValueError if the bias's tensors do not fit a call of these sizes."""
+
+    def dense(
+        self, queries: int, keys: int, *, batch: int, heads: int, device: torch.device
+    ) -> Float[Tensor, "batch_or_1 heads_or_1 queries keys"]:
+        """The bias as a tensor; batch and head axes are 1 where it does not depend on them."""
+        return self.tile(slice(0, batch), slice(0, heads), (keys - queries, keys), (0, keys), device)
+
+    def tile(
+        self, batch: slice, heads: slice, queries: tuple[int, int], keys: tuple[int, int], device: torch.device
+    ) -> Float[Tensor, "batch_or_1 heads_or_1 queries keys"]:
+        """The bias for ranges of samples, heads, query positions and keys."""
+        sample = torch.arange(batch.start, batch.stop, device=device).view(-1, 1, 1, 1)
+        head = torch.arange(heads.start, heads.stop, device=device).view(-1, 1, 1)
+        rows, columns = queries[1] - queries[0], keys[1] - keys[0]
+        if self.shift_invariant:
+            offset = torch.arange(keys[0] - queries[1] + 1, keys[1] - queries[0], device=device)
+            diagonals = self.score(sample, head, torch.zeros_like(offset), offset).squeeze(-2)
+            return diagonals.unfold(-1, columns, 1).flip(-2).view(1, -1, rows, columns)
+        position = torch.arange(*queries, device=device).view(-1, 1)
+        score = self.score(sample, head, position, torch.arange(*keys, device=device))
+        score = score.expand(*score.shape[:-2], rows, columns)
+        return score.view(*(1,) * (4 - score.ndim), *score.shape)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Alibi(Bias):
+    """``−slope[h] · |i − j|``: linear biases ("Train Short, Test Long", 2021, arXiv 2108.12409).
+
+    `slopes` is a tensor (H,); `Alibi.for_heads` gives the paper's geometric sequence.
+    """
+
+    slopes: Float[Tensor, "heads"]
+    shift_invariant: ClassVar[bool] = True
+
+    @classmethod
+    def for_heads(cls, heads: int) -> Alibi:
+        """The paper's slopes: ``2^(−8 i / n)`` for the largest power of two n ≤ heads, then every other one of 2n."""
+
+        def geometric(count: int) -> list[float]:
+            return [2.0 ** (-8.0 * (index + 1) / count) for index in range(count)]
+
+        power = 2 ** int(math.log2(heads))
+        return cls(torch.tensor(geometric(power) + geometric(2 * power)[::2][: heads - power]))
+
+    def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
+        require(
+            tuple(self.slopes.shape) == (heads,),
+            "Alibi",
+            f"slopes of shape {tuple(self.slopes.shape)} for {heads} query heads",
+            f"give shape ({heads},)",
+        )
+
+    def score(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return -self.slopes[head] * (query - key).abs()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RelativeBias(Bias):
+    """A learned value per head and relative offset ``j − i``, looked up in ``table (H, entries)``.
+
+    Offsets fall into entries in one of two ways:
+
+    - clipped (`bidirectional_buckets` None): one entry per offset in ``[−r, r]`` per axis, offsets beyond clipped
+      ("Self-Attention with Relative Position Representations", 2018, arXiv 1803.02155); the table has
+      ``∏(2 rₐ + 1)`` entries for `max_distance` r, an integer or a tuple with one entry per axis of `grid`.
+    - bucketed (``bidirectional_buckets`` True or False): T5's buckets, exact up close and logarithmic up to `max_distance`
+      ("Exploring the Limits of Transfer Learning", 2019, arXiv 1910.10683), one axis only; False gives keys after the
+      query bucket 0.
+
+    With `grid`, positions are flattened row-major and offsets are taken per axis.
+    """
+
+    table: Float[Tensor, "heads entries"]
+    max_distance: int | tuple[int, ...]
+    grid: tuple[int, ...] | None = None
+    bidirectional_buckets: bool | None = None
+
+    @property
+    def shift_invariant(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] a constant per object
+        return self.grid is None
+
+    def __post_init__(self) -> None:
+        axes = 1 if self.grid is None else len(self.grid)
+        require(
+            axes == (len(self.max_distance) if isinstance(self.max_distance, tuple) else 1),
+            "RelativeBias",
+            f"max_distance {self.max_distance} for {axes} axes",
+            "give one distance per axis of grid",
+        )
+        if self.bidirectional_buckets is None:
+            reach = self.max_distance if isinstance(self.max_distance, tuple) else (self.max_distance,)
+            entries = prod(2 * distance + 1 for distance in reach)
+            require(
+                self.table.ndim == 2 and self.table.shape[1] == entries,
+                "RelativeBias",
+                f"table of shape {tuple(self.table.shape)} for max_distance {self.max_distance}",
+                f"give shape (heads, {entries})",
+            )
+            return
+        buckets = self.table.shape[-1] // (2 if self.bidirectional_buckets else 1)
+        require(
+            self.grid is None and self.table.ndim == 2 and buckets >= 2 and buckets // 2 < self.max_distance,  # pyright: ignore[reportOperatorIssue] one axis: an int
+            "RelativeBias",
+            f"table of shape {tuple(self.table.shape)}, max_distance {self.max_distance}, grid {self.grid} with buckets",
+            "buckets need one axis, at least two entries a direction and a max_distance beyond the exact ones",
+        )
+
+    def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
+        require(
+            self.table.shape[0] == heads,
+            "RelativeBias",
+            f"table for {self.table.shape[0]} heads in a call with {heads} query heads",
+            "give one row per query head",
+        )
+        if self.grid is not None:
+            require(
+                queries == keys == prod(self.grid),
+                "RelativeBias",
+                f"grid {self.grid} has {prod(self.grid)} positions, the call {queries} queries and {keys} keys",
+                "flatten the grid the bias was made for",
+            )
+
+    def score(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return self.table[head, self._entry(query, key)]
+
+    def _entry(self, query: Tensor, key: Tensor) -> Tensor:
+        if self.bidirectional_buckets is not None:
+            return self._bucket(key - query)
+        reach = self.max_distance if isinstance(self.max_distance, tuple) else (self.max_distance,)
+        if self.grid is None:
+            return (key - query).clamp(-reach[0], reach[0]) + reach[0]
+        entry, rest = torch.zeros_like(query), prod(self.grid)
+        for length, distance in zip(self.grid, reach, strict=True):
+            rest //= length
+            offset = key // rest % length - query // rest % length
+            entry = entry * (2 * distance + 1) + offset.clamp(-distance, distance) + distance
+        return entry
+
+    def _bucket(self, offset: Tensor) -> Tensor:
+        buckets = self.table.shape[1]
+        if self.bidirectional_buckets:
+            buckets //= 2
+            base, distance = (offset > 0) * buckets, offset.abs()
+        else:
+            base, distance = 0, (-offset).clamp(min=0)
+        exact = buckets // 2
+        growth = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)  # pyright: ignore[reportOperatorIssue] one axis: an int
+        far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
+        return base + torch.where(distance < exact, distance, far)

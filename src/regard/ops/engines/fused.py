@@ -1,0 +1,56 @@
+"""torch's own `scaled_dot_product_attention`, for the calls it can take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.ops.engines.call import Call
+from regard.ops.masks import Causal
+
+
+def refuses(call: Call) -> str | None:
+    """Why this engine cannot take `call`, or None."""
+    if not call.is_softmax:
+        return f"scaled_dot_product_attention has no {call.normalizer!r}"
+    if call.needs_lse:
+        return "scaled_dot_product_attention does not return the log-sum-exp"
+    if call.dropout > 0:
+        return "the dropout pattern of scaled_dot_product_attention is its own and cannot be reproduced"
+    return None
+
+
+def needs_no_dense(call: Call) -> bool:
+    """Whether the call runs without an N×N mask or bias tensor."""
+    if call.bias is not None:
+        return False
+    causal = call.mask is not None and call.mask == Causal()
+    return call.mask is None or (causal and (call.queries == call.keys or call.queries == 1))
+
+
+def run(call: Call) -> tuple[Tensor, None]:
+    """Output; SDPA gives no log-sum-exp."""
+    mask, empty, is_causal = None, None, False
+    if needs_no_dense(call):
+        # One query stands at the last key, where causal masks nothing.
+        is_causal = call.mask is not None and call.queries > 1
+    else:
+        allowed, bias = call.dense_mask(), call.dense_bias()
+        if allowed is not None:
+            # What SDPA does with an empty row differs between its kernels: give it a full one, and zeros after.
+            empty = ~allowed.any(-1, keepdim=True)
+            allowed = allowed | empty
+        mask = allowed if bias is None else bias.to(call.query.dtype)
+        if bias is not None and allowed is not None:
+            mask = mask.masked_fill(~allowed, -torch.inf)
+    out = F.scaled_dot_product_attention(
+        call.query,
+        call.key,
+        call.value,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=call.scale,
+        enable_gqa=call.heads != call.key_heads,
+    )
+    return (out if empty is None else out.masked_fill(empty, 0.0)), None

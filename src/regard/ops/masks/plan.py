@@ -1,0 +1,149 @@
+"""Which tiles a mask lets an engine skip, as contiguous key ranges to walk. Never builds the N×N mask."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from regard.ops.masks.base import EMPTY, FULL, PARTIAL, Mask, Tiles
+
+KEY_SPAN = 1024
+"""Longest key range walked at once, so that its scores stay in cache."""
+_MOST_PLANS = 128
+
+
+class KeyRange(NamedTuple):
+    """Keys [start, stop) of one row of tiles, and the parts of it where the mask must be looked at."""
+
+    start: int
+    stop: int
+    partial: tuple[tuple[int, int], ...]
+
+
+class Unit(NamedTuple):
+    """Samples and key heads that share one tiling, and per row of tiles the key ranges to visit."""
+
+    batch: slice
+    heads: slice
+    rows: list[list[KeyRange]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tiling of one mask for one call's sizes; see `plan`. It does not hold the mask: it outlives its tensors."""
+
+    tiles: Tiles
+    states: Int[Tensor, "batch_or_1 heads_or_1 query_tiles key_tiles"]
+    _units: dict[int, list[Unit]] = field(default_factory=dict)
+    _tiles: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+
+    @property
+    def density(self) -> float:
+        """Share of the tiles that are not empty: what an engine computes, against the full matrix."""
+        return float((self.states != EMPTY).float().mean())
+
+    def units(self, key_heads: int) -> list[Unit]:
+        """Runs of samples and key heads with the same tile states (query heads of a key head taken together)."""
+        if key_heads not in self._units:
+            self._units[key_heads] = list(self._build_units(key_heads))
+        return self._units[key_heads]
+
+    def _build_units(self, key_heads: int) -> Iterator[Unit]:
+        grouped = self.states
+        if grouped.shape[1] > 1:
+            by_key_head = grouped.unflatten(1, (key_heads, -1))
+            low, high = by_key_head.amin(2), by_key_head.amax(2)
+            grouped = torch.where(low == high, low, torch.full_like(low, PARTIAL))
+        table = grouped.numpy()
+        samples, heads = table.shape[:2]
+        for sample in range(samples):
+            if heads == 1 and sample and (table[sample] == table[sample - 1]).all():
+                continue
+            stop = sample + 1
+            while heads == 1 and stop < samples and (table[stop] == table[sample]).all():
+                stop += 1
+            batch = slice(sample, stop) if samples > 1 else slice(0, self.tiles.batch)
+            if heads == 1:
+                yield Unit(batch, slice(0, key_heads), self._rows(table[sample, 0]))
+                continue
+            for _, run in groupby(range(heads), key=lambda head, at=sample: table[at, head].tobytes()):
+                indices = list(run)
+                rows = self._rows(table[sample, indices[0]])
+                # Only a unit with every head may span samples: (sample, head) rows must be contiguous in memory.
+                pieces = range(self.tiles.batch)[batch] if len(indices) < key_heads else [None]
+                for piece in pieces:
+                    one = batch if piece is None else slice(piece, piece + 1)
+                    yield Unit(one, slice(indices[0], indices[-1] + 1), rows)
+
+    def _rows(self, table: np.ndarray) -> list[list[KeyRange]]:
+        return [list(self._ranges(row)) for row in table]
+
+    def _ranges(self, row: np.ndarray) -> Iterator[KeyRange]:
+        tile, keys = self.tiles.key_tile, self.tiles.keys
+        span = max(1, KEY_SPAN // tile)
+        for occupied, run in groupby(range(len(row)), key=lambda index: row[index] != EMPTY):
+            if not occupied:
+                continue
+            indices = list(run)
+            for first in range(0, len(indices), span):
+                piece = indices[first : first + span]
+                partial = []
+                for state, part in groupby(piece, key=lambda index: row[index]):
+                    if state != FULL:
+                        inside = list(part)
+                        partial.append((inside[0] * tile, min((inside[-1] + 1) * tile, keys)))
+                yield KeyRange(piece[0] * tile, min((piece[-1] + 1) * tile, keys), tuple(partial))
+
+    def additive(
+        self, mask: Mask, like: Tensor, batch: slice, heads: slice, queries: tuple[int, int], keys: tuple[int, int]
+    ) -> Float[Tensor, "batch_or_1 heads_or_1 queries keys"]:
+        """The mask of one tile as 0 where allowed and −inf elsewhere; reused along diagonals where it may be."""
+        start = queries[0] + self.tiles.offset
+        shape = (queries[1] - queries[0], keys[1] - keys[0])
+        name = (start - keys[0], shape, like.dtype, like.device)
+        if name in self._tiles:
+            return self._tiles[name]
+        index = {"device": like.device}
+        allowed = mask.allows(
+            torch.arange(batch.start, batch.stop, **index).view(-1, 1, 1, 1),
+            torch.arange(heads.start, heads.stop, **index).view(-1, 1, 1),
+            torch.arange(start, start + shape[0], **index).view(-1, 1),
+            torch.arange(*keys, **index),
+        )
+        tile = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, -torch.inf)
+        tile = tile.view(*(1,) * (4 - tile.ndim), *tile.shape)
+        if mask.shift_invariant:
+            self._tiles[name] = tile
+        return tile
+
+
+_plans: OrderedDict[tuple[str, Tiles], tuple[list[tuple[weakref.ref[Tensor], int]], Plan]] = OrderedDict()
+
+
+def plan(mask: Mask | None, tiles: Tiles) -> Plan:
+    """The plan of `mask` for `tiles`; kept while the mask's tensors are alive and unchanged."""
+    if mask is None:
+        shape = (1, 1, len(tiles.query_low), tiles.key_low.shape[1])
+        return Plan(tiles, torch.full(shape, FULL, dtype=torch.int8))
+    text, tensors = mask.flatten()
+    name = (text, tiles)
+    if name in _plans:
+        marks, kept = _plans[name]
+        if all(ref() is tensor and tensor._version == version for (ref, version), tensor in zip(marks, tensors, strict=True)):
+            _plans.move_to_end(name)
+            return kept
+    made = Plan(tiles, mask.tile_states(tiles).cpu())
+    if not any(tensor.is_inference() for tensor in tensors):  # those carry no version to notice a change by
+        _plans[name] = ([(weakref.ref(tensor), tensor._version) for tensor in tensors], made)
+        if len(_plans) > _MOST_PLANS:
+            _plans.popitem(last=False)
+    return made

@@ -1,0 +1,95 @@
+"""Positions: rotary embedding of queries and keys in one or several dimensions, and sinusoidal embedding of inputs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from regard.ops.checks import one_of, require
+
+Layout = Literal["half", "interleaved"]
+
+
+def rotary(
+    x: Float[Tensor, "batch heads length head_dim"],
+    positions: Int[Tensor, "..."],
+    *,
+    axes: int = 1,
+    rotary_dim: int | None = None,
+    base: float = 10000.0,
+    layout: Layout = "half",
+) -> Float[Tensor, "batch heads length head_dim"]:
+    """Rotate pairs of features by angles proportional to position, so that ``q_i · k_j`` depends on i − j only.
+
+    Pair p of the features of one axis turns by ``position · base^(−2p / features)`` ("RoFormer", 2021, arXiv 2104.09864).
+
+    Args:
+        x: queries or keys.
+        positions: (N,) or (B, N) for one axis; (N, axes) or (B, N, axes) for several, each of which turns its own equal
+            share of the features (see `grid_positions`).
+        axes: number of axes, 1 to 3.
+        rotary_dim: how many leading features turn; the rest passes unchanged. All by default.
+        base: the wavelengths run from 2π to ``2π · base``.
+        layout: ``"half"`` pairs feature p with p + half (GPT-NeoX, Llama); ``"interleaved"`` pairs 2p with 2p + 1 (RoFormer).
+
+    Angles are computed in at least float32. Raises ValueError for a `rotary_dim` that is not an even number of features per
+    axis, or positions of another shape.
+    """
+    one_of("rotary", "layout", layout, ("half", "interleaved"))
+    require(axes in (1, 2, 3), "rotary", f"axes {axes}", "give 1, 2 or 3")
+    batch, _, length, head_dim = x.shape
+    turned = head_dim if rotary_dim is None else rotary_dim
+    require(
+        0 < turned <= head_dim and turned % (2 * axes) == 0,
+        "rotary",
+        f"rotary_dim {turned} of head_dim {head_dim} for {axes} axes",
+        f"give a multiple of {2 * axes} no larger than head_dim",
+    )
+    shape = (length,) if axes == 1 else (length, axes)
+    require(
+        tuple(positions.shape) in (shape, (batch, *shape)),
+        "rotary",
+        f"positions of shape {tuple(positions.shape)}",
+        f"give {shape} or {(batch, *shape)}",
+    )
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    places = positions[..., None] if axes == 1 else positions
+    angles = places.to(dtype)[..., None] * _frequencies(turned // axes, base, dtype, x.device)
+    angles = angles.unsqueeze(1) if angles.ndim == 4 else angles  # the head axis, when there is a batch axis
+    parts = [
+        _turn(part.to(dtype), angles[..., axis, :].cos(), angles[..., axis, :].sin(), layout)
+        for axis, part in enumerate(x[..., :turned].chunk(axes, dim=-1))
+    ]
+    return torch.cat([*(part.to(x.dtype) for part in parts), x[..., turned:]], dim=-1)
+
+
+def sinusoidal(
+    positions: Int[Tensor, "*shape"], dim: int, *, base: float = 10000.0
+) -> Float[Tensor, "*shape dim"]:
+    """``sin`` and ``cos`` of ``position · base^(−2p / dim)`` in turn ("Attention Is All You Need", 2017, arXiv 1706.03762).
+
+    Float32, to be added to embeddings. Raises ValueError for an odd `dim`.
+    """
+    require(dim > 0 and dim % 2 == 0, "sinusoidal", f"dim {dim}", "give a positive even number")
+    angles = positions.to(torch.float32)[..., None] * _frequencies(dim, base, torch.float32, positions.device)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def grid_positions(*grid: int, device: torch.device | None = None) -> Int[Tensor, "length axes"]:
+    """Coordinates of a grid flattened in row-major order, as `rotary` wants them for several axes."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in grid)).view(-1, len(grid))
+
+
+def _frequencies(dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return base ** (-torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    if layout == "half":
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
