@@ -1,4 +1,4 @@
-"""Floor 2: one mechanism, one file. Importing this package registers them all; classes are reachable from it by name."""
+"""Floor 2: one mechanism, one file. Importing this package registers them all and offers them by name."""
 
 from __future__ import annotations
 
@@ -12,4 +12,7 @@ for _module in walk_packages(__path__, f"{__name__}."):
         if isinstance(_value, type) and "card" in vars(_value):
             globals()[_value.__name__] = _value
 
-__all__ = ["Mechanism", *(name for name, value in globals().items() if isinstance(value, type) and "card" in vars(value))]
+__all__ = [
+    "Mechanism",
+    *(name for name, value in globals().items() if isinstance(value, type) and "card" in vars(value)),
+]

@@ -5,7 +5,7 @@ Mechanisms of this grammar derive from `Attention` and change one or two of the 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -36,13 +36,13 @@ class Attention(Mechanism):
         kv_heads: number of key and value heads, a divisor of `heads`; as many by default.
         head_dim: width of a head; ``dim / heads`` by default.
         causal: whether a token sees only itself and what came before.
-        position: ``"rotary"`` turns queries and keys, ``"alibi"`` adds ALiBi's slopes, ``"relative"`` learns T5's buckets.
+        position: ``"rotary"`` turns queries and keys, ``"alibi"`` adds ALiBi's slopes, ``"relative"`` T5's buckets.
         bias: whether the projections have biases.
         dropout: probability of dropping an attention weight in training.
         context_dim: width of `context`; `dim` by default.
     """
 
-    normalizer: ClassVar[str | Normalizer] = "softmax"
+    normalizer: str | Normalizer = "softmax"
 
     def __init__(
         self,
@@ -156,7 +156,12 @@ class Attention(Mechanism):
         query, key, value = self.project_step(x, state.length)
         state = state.append(key, value)
         mixed = attention(
-            query, state.key, state.value, mask=self.full_mask(None), bias=self.score_bias(), normalizer=self.normalizer
+            query,
+            state.key,
+            state.value,
+            mask=self.full_mask(None),
+            bias=self.score_bias(),
+            normalizer=self.normalizer,
         )
         return self.combine(mixed), state
 

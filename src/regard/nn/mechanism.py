@@ -40,7 +40,13 @@ class Mechanism(nn.Module):
         )
 
     def check_tokens(
-        self, x: Tensor, context: Tensor | None, mask: Mask | None, positions: Tensor | None, *, takes_positions: bool
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Mask | None,
+        positions: Tensor | None,
+        *,
+        takes_positions: bool,
     ) -> None:
         """Raise ValueError for anything about token arguments that the contract does not declare."""
         contract = self.card.contract
@@ -98,9 +104,12 @@ def head_width(owner: str, dim: int, heads: int, head_dim: int | None) -> int:
     require(dim > 0, owner, f"dim {dim}", "give a positive width")
     require(heads > 0, owner, f"heads {heads}", "give a positive number")
     if head_dim is None:
-        require(dim % heads == 0, owner, f"heads {heads} does not divide dim {dim}", "change either, or pass head_dim")
+        require(
+            dim % heads == 0,
+            owner,
+            f"heads {heads} does not divide dim {dim}",
+            "change either, or pass head_dim",
+        )
         return dim // heads
     require(head_dim > 0, owner, f"head_dim {head_dim}", "give a positive width")
     return head_dim
-
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,8 +32,8 @@ def attention(
     """``out_i = Σ_j w_ij v_j`` with ``w_i = normalizer(scale · q_i kᵀ + bias)`` over the keys the mask allows.
 
     Args:
-        query, key, value: floating tensors of one dtype and device. The number of query heads is a multiple of the number
-            of key heads; query head h uses key head ``h // (heads // key_heads)``.
+        query, key, value: floating tensors of one dtype and device. The number of query heads is a multiple of the
+            number of key heads; query head h uses key head ``h // (heads // key_heads)``.
         mask: who may look at whom (`regard.ops.masks`); None allows all. With unequal lengths query i stands at key
             ``keys − queries + i``. A query that may look at nothing gets zeros and no gradient.
         bias: what is added to the scaled scores (`regard.ops.biases`).
@@ -135,7 +134,12 @@ def _engine(call: Call, backend: str) -> str:
         return choose(call)[0]
     one_of("attention", "backend", backend, ("auto", *ENGINES))
     reason = ENGINES[backend].refuses(call)
-    require(reason is None, "attention", f"backend {backend!r} cannot take this call: {reason}", "use backend='auto'")
+    require(
+        reason is None,
+        "attention",
+        f"backend {backend!r} cannot take this call: {reason}",
+        "use backend='auto'",
+    )
     return backend
 
 

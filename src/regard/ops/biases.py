@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from regard.ops.checks import require
+from regard.ops.indices import Span, full_tile, index_grid
 from regard.ops.value import Value
 
 
@@ -25,8 +26,12 @@ class Bias(Value):
     """Whether `score` depends on head and key − query alone; a tile then needs one value per diagonal."""
 
     def score(
-        self, batch: Int[Tensor, "..."], head: Int[Tensor, "..."], query: Int[Tensor, "..."], key: Int[Tensor, "..."]
-    ) -> Float[Tensor, "..."]:
+        self,
+        batch: Int[Tensor, ...],
+        head: Int[Tensor, ...],
+        query: Int[Tensor, ...],
+        key: Int[Tensor, ...],
+    ) -> Float[Tensor, ...]:
         """The additive score over index tensors that broadcast together; `query` is its position among the keys."""
         raise NotImplementedError(f"{type(self).__name__} must define score(batch, head, query, key)")
 
@@ -37,23 +42,23 @@ class Bias(Value):
         self, queries: int, keys: int, *, batch: int, heads: int, device: torch.device
     ) -> Float[Tensor, "batch_or_1 heads_or_1 queries keys"]:
         """The bias as a tensor; batch and head axes are 1 where it does not depend on them."""
-        return self.tile(slice(0, batch), slice(0, heads), (keys - queries, keys), (0, keys), device)
+        return self.tile((0, batch), (0, heads), (keys - queries, keys), (0, keys), device)
 
     def tile(
-        self, batch: slice, heads: slice, queries: tuple[int, int], keys: tuple[int, int], device: torch.device
+        self,
+        batch: slice,
+        heads: slice,
+        queries: tuple[int, int],
+        keys: tuple[int, int],
+        device: torch.device,
     ) -> Float[Tensor, "batch_or_1 heads_or_1 queries keys"]:
         """The bias for ranges of samples, heads, query positions and keys."""
-        sample = torch.arange(batch.start, batch.stop, device=device).view(-1, 1, 1, 1)
-        head = torch.arange(heads.start, heads.stop, device=device).view(-1, 1, 1)
-        rows, columns = queries[1] - queries[0], keys[1] - keys[0]
-        if self.shift_invariant:
-            offset = torch.arange(keys[0] - queries[1] + 1, keys[1] - queries[0], device=device)
-            diagonals = self.score(sample, head, torch.zeros_like(offset), offset).squeeze(-2)
-            return diagonals.unfold(-1, columns, 1).flip(-2).view(1, -1, rows, columns)
-        position = torch.arange(*queries, device=device).view(-1, 1)
-        score = self.score(sample, head, position, torch.arange(*keys, device=device))
-        score = score.expand(*score.shape[:-2], rows, columns)
-        return score.view(*(1,) * (4 - score.ndim), *score.shape)
+        sample, head, query, key = index_grid(batch, heads, queries, keys, device)
+        if not self.shift_invariant:
+            return full_tile(self.score(sample, head, query, key), queries, keys)
+        offset = torch.arange(keys[0] - queries[1] + 1, keys[1] - queries[0], device=device)
+        diagonals = self.score(sample, head, torch.zeros_like(offset), offset).squeeze(-2)
+        return full_tile(diagonals.unfold(-1, len(key), 1).flip(-2), queries, keys)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,7 +68,7 @@ class Alibi(Bias):
     `slopes` is a tensor (H,); `Alibi.for_heads` gives the paper's geometric sequence.
     """
 
-    slopes: Float[Tensor, "heads"]
+    slopes: Float[Tensor, " heads"]
     shift_invariant: ClassVar[bool] = True
 
     @classmethod

@@ -46,7 +46,9 @@ class KeyValueCache:
         return self.value_buffer[:, :, : self.length]
 
     def append(
-        self, key: Float[Tensor, "batch key_heads new head_dim"], value: Float[Tensor, "batch key_heads new value_dim"]
+        self,
+        key: Float[Tensor, "batch key_heads new head_dim"],
+        value: Float[Tensor, "batch key_heads new value_dim"],
     ) -> KeyValueCache:
         """The cache with `new` more tokens."""
         if torch.is_grad_enabled() and any(

@@ -18,11 +18,11 @@ def draw_seed(device: torch.device) -> Int[Tensor, ""]:
 def keep_tile(
     seed: Int[Tensor, ""],
     probability: float,
-    batch: Int[Tensor, "..."],
-    head: Int[Tensor, "..."],
-    query: Int[Tensor, "..."],
-    key: Int[Tensor, "..."],
-) -> Float[Tensor, "..."]:
+    batch: Int[Tensor, ...],
+    head: Int[Tensor, ...],
+    query: Int[Tensor, ...],
+    key: Int[Tensor, ...],
+) -> Float[Tensor, ...]:
     """``1 / (1 − probability)`` where a weight is kept and 0 where it is dropped, over index tensors that broadcast."""
     stream = _mix(seed.to(torch.int32) ^ _mix(_mix(batch.to(torch.int32)) ^ head.to(torch.int32)))
     bits = _mix(_mix(stream ^ query.to(torch.int32)) ^ _mix(key.to(torch.int32)))

@@ -49,7 +49,7 @@ class Pointwise(Normalizer):
 
     tileable: ClassVar[bool] = True
 
-    def slope(self, weights: Float[Tensor, "..."], counts: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def slope(self, weights: Float[Tensor, ...], counts: Int[Tensor, ...]) -> Float[Tensor, ...]:
         """Derivative of a weight by its score, written in terms of the weight."""
         raise NotImplementedError(f"{type(self).__name__} must define slope(weights, counts)")
 

@@ -15,7 +15,7 @@ Layout = Literal["half", "interleaved"]
 
 def rotary(
     x: Float[Tensor, "batch heads length head_dim"],
-    positions: Int[Tensor, "..."],
+    positions: Int[Tensor, ...],
     *,
     axes: int = 1,
     rotary_dim: int | None = None,
@@ -66,9 +66,7 @@ def rotary(
     return torch.cat([*(part.to(x.dtype) for part in parts), x[..., turned:]], dim=-1)
 
 
-def sinusoidal(
-    positions: Int[Tensor, "*shape"], dim: int, *, base: float = 10000.0
-) -> Float[Tensor, "*shape dim"]:
+def sinusoidal(positions: Int[Tensor, "*shape"], dim: int, *, base: float = 10000.0) -> Float[Tensor, "*shape dim"]:
     """``sin`` and ``cos`` of ``position · base^(−2p / dim)`` in turn ("Attention Is All You Need", 2017, arXiv 1706.03762).
 
     Float32, to be added to embeddings. Raises ValueError for an odd `dim`.

@@ -48,7 +48,12 @@ class Call:
 
     @property
     def needs_grad(self) -> bool:
-        tensors = [self.query, self.key, self.value, *(self.bias.flatten()[1] if self.bias is not None else ())]
+        tensors = [
+            self.query,
+            self.key,
+            self.value,
+            *(self.bias.flatten()[1] if self.bias is not None else ()),
+        ]
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     @property
@@ -59,17 +64,13 @@ class Call:
         """The mask as booleans (B or 1, H or 1, Nq, Nk), or None."""
         if self.mask is None:
             return None
-        return self.mask.dense(
-            self.queries, self.keys, batch=self.batch, heads=self.heads, device=self.query.device
-        )
+        return self.mask.dense(self.queries, self.keys, batch=self.batch, heads=self.heads, device=self.query.device)
 
     def dense_bias(self) -> Tensor | None:
         """The bias as numbers (B or 1, H or 1, Nq, Nk), or None."""
         if self.bias is None:
             return None
-        return self.bias.dense(
-            self.queries, self.keys, batch=self.batch, heads=self.heads, device=self.query.device
-        )
+        return self.bias.dense(self.queries, self.keys, batch=self.batch, heads=self.heads, device=self.query.device)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

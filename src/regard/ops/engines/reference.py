@@ -8,6 +8,7 @@ from torch import Tensor
 
 from regard.ops.dropout import draw_seed, keep_tile
 from regard.ops.engines.call import Call, statistics_dtype
+from regard.ops.indices import index_grid
 
 
 def refuses(call: Call) -> str | None:
@@ -15,7 +16,9 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def run(call: Call) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+def run(
+    call: Call,
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
     """Output and log-sum-exp (meaningful for softmax only)."""
     scores = masked_scores(call)
     weights = call.normalizer.weights(scores, counts(call))
@@ -57,12 +60,5 @@ def _log_sum_exp(scores: Tensor) -> Tensor:
 
 def _keep(call: Call, weights: Tensor) -> Tensor:
     batch, heads, queries, keys = weights.shape
-    index = {"device": weights.device}
-    return keep_tile(
-        draw_seed(weights.device),
-        call.dropout,
-        torch.arange(batch, **index).view(-1, 1, 1, 1),
-        torch.arange(heads, **index).view(-1, 1, 1),
-        torch.arange(keys - queries, keys, **index).view(-1, 1),
-        torch.arange(keys, **index),
-    )
+    grid = index_grid((0, batch), (0, heads), (keys - queries, keys), (0, keys), weights.device)
+    return keep_tile(draw_seed(weights.device), call.dropout, *grid)

@@ -1,11 +1,12 @@
 """Masks: small frozen objects that say who may look at whom, combined with ``&``, ``|`` and ``~``."""
 
-from regard.ops.masks.base import Mask, Tiles
+from regard.ops.masks.base import And, Mask, Not, Or, Tiles
 from regard.ops.masks.patterns import (
     Blocks,
     Causal,
     Dense,
     Dilated,
+    Keys,
     Neighborhood,
     Padding,
     Prefix,
@@ -16,12 +17,16 @@ from regard.ops.masks.patterns import (
 from regard.ops.masks.plan import Plan, plan
 
 __all__ = [
+    "And",
     "Blocks",
     "Causal",
     "Dense",
     "Dilated",
+    "Keys",
     "Mask",
     "Neighborhood",
+    "Not",
+    "Or",
     "Padding",
     "Plan",
     "Prefix",

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.ops.indices import full_tile, index_grid
 from regard.ops.value import Value
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -71,8 +72,12 @@ class Mask(Value):
     """Whether `allows` depends on key − query alone; engines then reuse one tile along a diagonal."""
 
     def allows(
-        self, batch: Int[Tensor, "..."], head: Int[Tensor, "..."], query: Int[Tensor, "..."], key: Int[Tensor, "..."]
-    ) -> Bool[Tensor, "..."]:
+        self,
+        batch: Int[Tensor, ...],
+        head: Int[Tensor, ...],
+        query: Int[Tensor, ...],
+        key: Int[Tensor, ...],
+    ) -> Bool[Tensor, ...]:
         """Whether the query may look at the key, over index tensors that broadcast together.
 
         `query` is the position of the query among the keys (see `Tiles`); it is negative for queries before the first key.
@@ -87,31 +92,28 @@ class Mask(Value):
 
         Found here by asking `allows`, one row of tiles at a time; masks with structure answer by bounds instead.
         """
-        batch = torch.arange(tiles.batch).view(-1, 1, 1, 1)
-        head = torch.arange(tiles.heads).view(-1, 1, 1)
-        key = torch.arange(tiles.keys)
         width = tiles.key_high - tiles.key_low + 1
         rows = []
-        for low, high in zip(tiles.query_low, tiles.query_high, strict=True):
-            query = torch.arange(int(low), int(high) + 1)[:, None]
-            allowed = self.allows(batch, head, query, key)
-            rows.append(tile_counts(allowed.expand(*allowed.shape[:-2], len(query), tiles.keys), tiles.key_tile))
+        for low, high in zip(tiles.query_low.flatten().tolist(), tiles.query_high.flatten().tolist(), strict=True):
+            spans = (low, high + 1), (0, tiles.keys)
+            grid = index_grid((0, tiles.batch), (0, tiles.heads), *spans, None)
+            rows.append(tile_counts(full_tile(self.allows(*grid), *spans), tiles.key_tile))
         counts = torch.stack(rows, dim=-2)
-        counts = counts.view(*(1,) * (4 - counts.ndim), *counts.shape)
         return classify(counts, (tiles.query_high - tiles.query_low + 1) * width)
 
     def dense(
-        self, queries: int, keys: int, *, batch: int = 1, heads: int = 1, device: torch.device | str | None = None
+        self,
+        queries: int,
+        keys: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        device: torch.device | str | None = None,
     ) -> Bool[Tensor, "batch_or_1 heads_or_1 queries keys"]:
         """The mask as a boolean tensor; batch and head axes are 1 where the mask does not depend on them."""
-        index = {"device": device}
-        allowed = self.allows(
-            torch.arange(batch, **index).view(-1, 1, 1, 1),
-            torch.arange(heads, **index).view(1, -1, 1, 1),
-            torch.arange(keys - queries, keys, **index).view(1, 1, -1, 1),
-            torch.arange(keys, **index).view(1, 1, 1, -1),
-        )
-        return allowed.expand(*allowed.shape[:-2], queries, keys)
+        spans = (keys - queries, keys), (0, keys)
+        grid = index_grid((0, batch), (0, heads), *spans, torch.device(device) if device is not None else None)
+        return full_tile(self.allows(*grid), *spans)
 
     def flex(self, queries: int, keys: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The mask as FlexAttention's ``mask_mod`` for these lengths."""

@@ -50,7 +50,8 @@ class Window(Mask):
     def tile_states(self, tiles: Tiles) -> Tensor:
         nearest, farthest = tiles.key_low - tiles.query_high, tiles.key_high - tiles.query_low
         return states(
-            (farthest < -self.before) | (nearest > self.after), (nearest >= -self.before) & (farthest <= self.after)
+            (farthest < -self.before) | (nearest > self.after),
+            (nearest >= -self.before) & (farthest <= self.after),
         )
 
     def __repr__(self) -> str:
@@ -80,7 +81,7 @@ class Prefix(Mask):
     ``Causal() | Prefix(n)`` is the prefix language model.
     """
 
-    n: int | Int[Tensor, "batch"]
+    n: int | Int[Tensor, " batch"]
 
     def __post_init__(self) -> None:
         if isinstance(self.n, Tensor):
@@ -103,10 +104,14 @@ class Prefix(Mask):
 class Padding(Mask):
     """The first ``lengths[b]`` keys of sample b: the rest is padding."""
 
-    lengths: Int[Tensor, "batch"]
+    lengths: Int[Tensor, " batch"]
 
     def __post_init__(self) -> None:
         _require_lengths("Padding", "lengths", self.lengths)
+
+    def real(self, length: int) -> Bool[Tensor, "batch length"]:
+        """Which positions of a sequence of `length` are not padding."""
+        return torch.arange(length, device=self.lengths.device) < self.lengths[:, None]
 
     def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
         _require_batch("Padding", "lengths", self.lengths, batch)
@@ -116,6 +121,37 @@ class Padding(Mask):
 
     def tile_states(self, tiles: Tiles) -> Tensor:
         return _key_states(tiles, self.lengths)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Keys(Mask):
+    """Chosen keys, from everywhere: a boolean tensor (N,) or (B, N)."""
+
+    chosen: Bool[Tensor, "*batch keys"]
+
+    def __post_init__(self) -> None:
+        require(
+            self.chosen.ndim in (1, 2) and self.chosen.dtype == torch.bool,
+            "Keys",
+            f"tensor of shape {tuple(self.chosen.shape)} and dtype {self.chosen.dtype}",
+            "give booleans of shape (N,) or (B, N)",
+        )
+
+    def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
+        require(
+            tuple(self.chosen.shape) in ((keys,), (batch, keys)),
+            "Keys",
+            f"chosen of shape {tuple(self.chosen.shape)} for batch {batch} and {keys} keys",
+            f"give one boolean per key: ({keys},) or ({batch}, {keys})",
+        )
+
+    def allows(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _of_sample(self.chosen, batch, key)
+
+    def tile_states(self, tiles: Tiles) -> Tensor:
+        counts = tile_counts(self.chosen[..., None, :].cpu(), tiles.key_tile)
+        state = classify(counts, (tiles.key_high - tiles.key_low + 1)[0])
+        return state.view(-1, 1, 1, state.shape[-1]).expand(-1, 1, len(tiles.query_low), -1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,7 +180,12 @@ class Dilated(Mask):
 
     def __post_init__(self) -> None:
         require(self.window >= 0, "Dilated", f"window {self.window} is negative", "count steps from the query")
-        require(self.dilation > 0, "Dilated", f"dilation {self.dilation} is not positive", "use 1 for a plain window")
+        require(
+            self.dilation > 0,
+            "Dilated",
+            f"dilation {self.dilation} is not positive",
+            "use 1 for a plain window",
+        )
 
     def allows(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = (key - query).abs()
@@ -181,6 +222,16 @@ class Segments(Mask):
         """Ids for sequences of these lengths, one after the other."""
         counts = torch.as_tensor(lengths)
         return cls(torch.repeat_interleave(torch.arange(len(counts)), counts))
+
+    def starts(self) -> Bool[Tensor, "*batch keys"]:
+        """Which positions are the first of a run of one id."""
+        changes = self.ids[..., 1:] != self.ids[..., :-1]
+        return torch.cat([torch.ones_like(self.ids[..., :1], dtype=torch.bool), changes], dim=-1)
+
+    def places(self) -> Int[Tensor, "*batch keys"]:
+        """Position of each token in its run of one id."""
+        index = torch.arange(self.ids.shape[-1], device=self.ids.device)
+        return index - (index * self.starts()).cummax(-1).values
 
     def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
         for name, ids, length in (("ids", self.ids, keys), ("query_ids", self.query_ids, queries)):
@@ -328,8 +379,8 @@ def _require_batch(owner: str, name: str, lengths: Tensor, batch: int) -> None:
     )
 
 
-def _of_sample(ids: Tensor, batch: Tensor, position: Tensor) -> Tensor:
-    return ids[position] if ids.ndim == 1 else ids[batch, position]
+def _of_sample(of_key: Tensor, batch: Tensor, position: Tensor) -> Tensor:
+    return of_key[position] if of_key.ndim == 1 else of_key[batch, position]
 
 
 def _key_states(tiles: Tiles, end: int | Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from regard.ops.indices import Span, full_tile, index_grid
 from regard.ops.masks.base import EMPTY, FULL, PARTIAL, Mask, Tiles
 
 KEY_SPAN = 1024
@@ -32,8 +33,8 @@ class KeyRange(NamedTuple):
 class Unit(NamedTuple):
     """Samples and key heads that share one tiling, and per row of tiles the key ranges to visit."""
 
-    batch: slice
-    heads: slice
+    batch: Span
+    heads: Span
     rows: list[list[KeyRange]]
 
 
@@ -71,18 +72,18 @@ class Plan:
             stop = sample + 1
             while heads == 1 and stop < samples and (table[stop] == table[sample]).all():
                 stop += 1
-            batch = slice(sample, stop) if samples > 1 else slice(0, self.tiles.batch)
+            batch = (sample, stop) if samples > 1 else (0, self.tiles.batch)
             if heads == 1:
-                yield Unit(batch, slice(0, key_heads), self._rows(table[sample, 0]))
+                yield Unit(batch, (0, key_heads), self._rows(table[sample, 0]))
                 continue
             for _, run in groupby(range(heads), key=lambda head, at=sample: table[at, head].tobytes()):
                 indices = list(run)
                 rows = self._rows(table[sample, indices[0]])
                 # Only a unit with every head may span samples: (sample, head) rows must be contiguous in memory.
-                pieces = range(self.tiles.batch)[batch] if len(indices) < key_heads else [None]
+                pieces = range(*batch) if len(indices) < key_heads else [None]
                 for piece in pieces:
-                    one = batch if piece is None else slice(piece, piece + 1)
-                    yield Unit(one, slice(indices[0], indices[-1] + 1), rows)
+                    one = batch if piece is None else (piece, piece + 1)
+                    yield Unit(one, (indices[0], indices[-1] + 1), rows)
 
     def _rows(self, table: np.ndarray) -> list[list[KeyRange]]:
         return [list(self._ranges(row)) for row in table]
@@ -104,23 +105,23 @@ class Plan:
                 yield KeyRange(piece[0] * tile, min((piece[-1] + 1) * tile, keys), tuple(partial))
 
     def additive(
-        self, mask: Mask, like: Tensor, batch: slice, heads: slice, queries: tuple[int, int], keys: tuple[int, int]
+        self,
+        mask: Mask,
+        like: Tensor,
+        batch: slice,
+        heads: slice,
+        queries: tuple[int, int],
+        keys: tuple[int, int],
     ) -> Float[Tensor, "batch_or_1 heads_or_1 queries keys"]:
         """The mask of one tile as 0 where allowed and −inf elsewhere; reused along diagonals where it may be."""
-        start = queries[0] + self.tiles.offset
-        shape = (queries[1] - queries[0], keys[1] - keys[0])
-        name = (start - keys[0], shape, like.dtype, like.device)
+        span = (queries[0] + self.tiles.offset, queries[1] + self.tiles.offset)
+        shape = (span[1] - span[0], keys[1] - keys[0])
+        name = (span[0] - keys[0], shape, like.dtype, like.device)
         if name in self._tiles:
             return self._tiles[name]
-        index = {"device": like.device}
-        allowed = mask.allows(
-            torch.arange(batch.start, batch.stop, **index).view(-1, 1, 1, 1),
-            torch.arange(heads.start, heads.stop, **index).view(-1, 1, 1),
-            torch.arange(start, start + shape[0], **index).view(-1, 1),
-            torch.arange(*keys, **index),
-        )
+        grid = index_grid(batch, heads, span, keys, like.device)
+        allowed = full_tile(mask.allows(*grid), span, keys)
         tile = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, -torch.inf)
-        tile = tile.view(*(1,) * (4 - tile.ndim), *tile.shape)
         if mask.shift_invariant:
             self._tiles[name] = tile
         return tile
@@ -138,7 +139,10 @@ def plan(mask: Mask | None, tiles: Tiles) -> Plan:
     name = (text, tiles)
     if name in _plans:
         marks, kept = _plans[name]
-        if all(ref() is tensor and tensor._version == version for (ref, version), tensor in zip(marks, tensors, strict=True)):
+        if all(
+            ref() is tensor and tensor._version == version
+            for (ref, version), tensor in zip(marks, tensors, strict=True)
+        ):
             _plans.move_to_end(name)
             return kept
     made = Plan(tiles, mask.tile_states(tiles).cpu())

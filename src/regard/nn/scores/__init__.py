@@ -1,0 +1,1 @@
+"""Mechanisms that change how a score becomes a weight."""

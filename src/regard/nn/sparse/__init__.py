@@ -1,0 +1,1 @@
+"""Mechanisms that look at some of the keys."""

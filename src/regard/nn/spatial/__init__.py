@@ -1,0 +1,1 @@
+"""Mechanisms over grids of positions."""

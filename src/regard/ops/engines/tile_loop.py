@@ -1,0 +1,384 @@
+"""The loop of the tiled engine: one call's tensors folded into rows, and how a row of tiles is computed.
+
+Samples and key heads are folded into rows, and the query heads of a key head into the query axis of a tile, so that every
+product is one batched product and no key is copied.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from regard.ops.biases import Bias
+from regard.ops.dropout import keep_tile
+from regard.ops.engines.call import statistics_dtype
+from regard.ops.indices import Span, index_grid
+from regard.ops.masks import Mask, Tiles, plan
+from regard.ops.masks.plan import KeyRange
+from regard.ops.normalizers import Normalizer, Pointwise
+
+QUERY_TILE = 128
+KEY_TILE = 128
+MOST_SCORES = 2**20
+"""Scores in flight: with their neighbours they should stay in the last cache level."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of tiles for some samples and key heads, which are `rows` of the folded axis."""
+
+    batch: Span
+    heads: Span
+    rows: slice
+    queries: Span
+    ranges: list[KeyRange]
+
+    @property
+    def height(self) -> int:
+        return self.queries[1] - self.queries[0]
+
+
+class TileLoop(ABC):
+    """Forward and backward over tiles; subclasses say how scores become weights."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: tuple[str, list[Tensor]],
+        mask: Mask | None,
+        seed: Tensor | None,
+        scale: float,
+        dropout: float,
+    ) -> None:
+        self.batch, self.heads, self.queries = query.shape[:3]
+        self.key_heads, self.keys = key.shape[1:3]
+        self.group = self.heads // self.key_heads
+        self.dtype, self.device = statistics_dtype(query.dtype), query.device
+        self.query = query.reshape(self.batch * self.key_heads, self.group, self.queries, query.shape[3])
+        self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
+        self.mask, (self.bias_text, self.bias_tensors) = mask, bias
+        self.bias = Bias.unflatten(*bias) if bias[0] else None
+        self.seed, self.scale, self.dropout = seed, scale, dropout
+        self.plan = plan(mask, Tiles(self.batch, self.heads, self.queries, self.keys, QUERY_TILE, KEY_TILE))
+        self._scratch: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def mix(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Output of a row of tiles (rows, group · queries, value_dim), and its log-sum-exp if it has one."""
+
+    @abstractmethod
+    def backward_over(self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> BackwardTiles:
+        """What the backward of each tile needs, made once per call."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Output, and log-sum-exp: −inf for a query that attends nothing, 0 where there is none."""
+        out = self.query.new_zeros(*self.query.shape[:3], self.value.shape[-1])
+        lse = torch.full(self.query.shape[:3], self.empty_lse, dtype=self.dtype, device=self.device)
+        for step in self.steps():
+            place = (step.rows, slice(None), slice(*step.queries))
+            mixed, total = self.mix(step)
+            out[place] = mixed.view(out[place].shape).to(out.dtype)
+            if total is not None:
+                lse[place] = total.view(lse[place].shape)
+        shape = (self.batch, self.heads, self.queries)
+        return out.view(*shape, -1), lse.view(shape)
+
+    def backward(self, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, train_bias: bool) -> list[Tensor]:
+        """Gradients of query, key, value and the tensors of the bias."""
+        shape = self.query.shape[:3]
+        grad_out = grad_out.reshape(*shape, -1)
+        tiles = self.backward_over(out.view(*shape, -1), lse.view(shape), grad_out, grad_lse.reshape(shape))
+        grads = [torch.zeros(t.shape, dtype=self.dtype, device=self.device) for t in (self.query, self.key, self.value)]
+        grad_query, grad_key, grad_value = grads
+        bias_grads = [torch.zeros_like(tensor, dtype=self.dtype) for tensor in self.bias_tensors]
+        for step in self.steps():
+            place = (step.rows, slice(None), slice(*step.queries))
+            query, grad = self.scaled_query(step), grad_out[place].to(self.dtype).flatten(1, 2)
+            tiles.enter(step, query, grad)
+            grad_tile = torch.zeros_like(query)
+            for keys in step.ranges:
+                span = (step.rows, slice(keys.start, keys.stop))
+                weights, grad_scores = tiles.tile(step, keys)
+                grad_value[span].baddbmm_(weights.mT, grad)
+                grad_key[span].baddbmm_(grad_scores.mT, query)
+                grad_tile.baddbmm_(grad_scores, self.keys_of(self.key, step, keys))
+                if train_bias:
+                    self._bias_backward(bias_grads, grad_scores, step, keys)
+            grad_query[place] = grad_tile.mul_(self.scale).view(grad_query[place].shape)
+        heads = (self.heads, self.key_heads, self.key_heads)
+        main = [g.to(out.dtype).view(self.batch, h, *g.shape[-2:]) for g, h in zip(grads, heads, strict=True)]
+        return main + [g.to(tensor.dtype) for g, tensor in zip(bias_grads, self.bias_tensors, strict=True)]
+
+    empty_lse = 0.0
+
+    def steps(self) -> Iterator[Step]:
+        """Rows of tiles with something to compute."""
+        for unit in self.plan.units(self.key_heads):
+            widest = max((keys.stop - keys.start for row in unit.rows for keys in row), default=1)
+            most_rows = max(1, MOST_SCORES // (self.group * QUERY_TILE * widest))
+            for batch, heads in _pieces(unit.batch, unit.heads, self.key_heads, most_rows):
+                first = batch[0] * self.key_heads + heads[0]
+                rows = slice(first, first + (batch[1] - batch[0]) * (heads[1] - heads[0]))
+                for index, ranges in enumerate(unit.rows):
+                    if ranges:
+                        start = index * QUERY_TILE
+                        yield Step(batch, heads, rows, (start, min(start + QUERY_TILE, self.queries)), ranges)
+
+    def scaled_query(self, step: Step) -> Tensor:
+        """Queries of a row of tiles, scaled, as (rows, group · queries, head_dim)."""
+        return self.query[step.rows, :, slice(*step.queries)].to(self.dtype).flatten(1, 2) * self.scale
+
+    def keys_of(self, tensor: Tensor, step: Step, keys: KeyRange) -> Tensor:
+        """A range of keys (or values) as (rows, keys, width): a view, but for half types."""
+        return tensor[step.rows, keys.start : keys.stop].to(self.dtype)
+
+    def scratch(self, name: str, *shape: int) -> Tensor:
+        """Memory that is used again for every tile."""
+        size = prod(shape)
+        if name not in self._scratch or self._scratch[name].numel() < size:
+            self._scratch[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self._scratch[name][:size].view(shape)
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """Batched ``a bᵀ`` in scratch memory."""
+        return torch.bmm(a, b.mT, out=self.scratch(name, a.shape[0], a.shape[1], b.shape[1]))
+
+    def scores(self, query: Tensor, key: Tensor, step: Step, keys: KeyRange) -> Tensor:
+        """Scores with bias, −inf where the mask forbids."""
+        scores = self.product("scores", query, key)
+        by_head = self.per_head(scores, step)
+        if self.bias is not None:
+            by_head.add_(self._bias_tile(self.bias, step, keys))
+        for part, tile in self._partial(step, keys):
+            by_head[..., part[0] - keys.start : part[1] - keys.start].add_(tile)
+        return scores
+
+    def per_head(self, tile: Tensor, step: Step) -> Tensor:
+        """View (rows, group · queries, keys) as (batch, heads, queries, keys)."""
+        return tile.view(step.batch[1] - step.batch[0], -1, step.height, tile.shape[-1])
+
+    def kept(self, step: Step, keys: KeyRange) -> Tensor | None:
+        """Dropout factors of a tile in the shape of its scores, or None without dropout."""
+        if self.seed is None:
+            return None
+        grid = index_grid(step.batch, self._query_heads(step), self._positions(step), keys[:2], self.device)
+        kept = keep_tile(self.seed, self.dropout, *grid)
+        return kept.to(self.dtype).view(step.rows.stop - step.rows.start, -1, keys.stop - keys.start)
+
+    def counts(self, step: Step) -> Tensor:
+        """How many keys each query of a row of tiles may attend: (rows, group · queries, 1)."""
+        shape = (step.rows.stop - step.rows.start, self.group * step.height, 1)
+        full = sum(keys.stop - keys.start - sum(b - a for a, b in keys.partial) for keys in step.ranges)
+        counts = torch.full(shape, full, device=self.device)
+        for keys in step.ranges:
+            for _, tile in self._partial(step, keys):
+                self.per_head(counts, step).add_((tile == 0).sum(-1, keepdim=True))
+        return counts
+
+    def _partial(self, step: Step, keys: KeyRange) -> Iterator[tuple[Span, Tensor]]:
+        """Where the mask must be looked at, and what to add there."""
+        for part in keys.partial:
+            assert self.mask is not None
+            like = self.query.new_empty((), dtype=self.dtype)
+            yield part, self.plan.additive(self.mask, like, step.batch, self._query_heads(step), step.queries, part)
+
+    def _query_heads(self, step: Step) -> Span:
+        return step.heads[0] * self.group, step.heads[1] * self.group
+
+    def _positions(self, step: Step) -> Span:
+        """Where the queries of a tile stand among the keys."""
+        offset = self.keys - self.queries
+        return step.queries[0] + offset, step.queries[1] + offset
+
+    def _bias_tile(self, bias: Bias, step: Step, keys: KeyRange) -> Tensor:
+        return bias.tile(step.batch, self._query_heads(step), self._positions(step), keys[:2], self.device)
+
+    def _bias_backward(self, grads: list[Tensor], grad_scores: Tensor, step: Step, keys: KeyRange) -> None:
+        with _autograd_inside_operator():
+            leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in self.bias_tensors]
+            tile = self._bias_tile(Bias.unflatten(self.bias_text, leaves), step, keys)
+            reduced = self.per_head(grad_scores, step).sum_to_size(tile.shape).to(tile.dtype)
+            found = torch.autograd.grad(tile, [leaf for leaf in leaves if leaf.requires_grad], reduced)
+        trained = [total for total, leaf in zip(grads, leaves, strict=True) if leaf.requires_grad]
+        for total, grad in zip(trained, found, strict=True):
+            total.add_(grad)
+
+
+class BackwardTiles(ABC):
+    """The weights and the gradient of the scores, recomputed tile by tile."""
+
+    @abstractmethod
+    def enter(self, step: Step, query: Tensor, grad: Tensor) -> None:
+        """Begin a row of tiles."""
+
+    @abstractmethod
+    def tile(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
+        """Weights (after dropout) and gradient of the scores of one range of keys."""
+
+
+class SoftmaxLoop(TileLoop):
+    """Each range of keys is softmaxed alone and merged by its log-sum-exp.
+
+    torch's fused softmax is faster than its `exp`, and gives the log-sum-exp by two maxima: at the largest score s the
+    weight is ``exp(s − lse)``.
+    """
+
+    empty_lse = -torch.inf
+
+    def mix(self, step: Step) -> tuple[Tensor, Tensor]:
+        query = self.scaled_query(step)
+        running: tuple[Tensor, Tensor] | None = None
+        for keys in step.ranges:
+            scores = self.scores(query, self.keys_of(self.key, step, keys), step, keys)
+            highest = scores.amax(-1, keepdim=True)
+            weights = torch.softmax(scores, -1, out=self.scratch("weights", *scores.shape))
+            if keys.partial or self.bias is not None:
+                weights.masked_fill_(highest == -torch.inf, 0.0)
+            lse = highest - weights.amax(-1, keepdim=True).log()
+            lse.masked_fill_(highest == -torch.inf, -torch.inf)
+            kept = self.kept(step, keys)
+            if kept is not None:
+                weights.mul_(kept)
+            mixed = torch.bmm(weights, self.keys_of(self.value, step, keys))
+            running = (mixed, lse) if running is None else _merge(*running, mixed, lse)
+        assert running is not None
+        return running
+
+    def backward_over(self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> BackwardTiles:
+        return _SoftmaxBackward(self, out, lse, grad_out, grad_lse)
+
+
+def _merge(mixed: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two sets of keys."""
+    total = torch.logaddexp(lse, more_lse)
+    level = total.masked_fill(total == -torch.inf, 0.0)
+    return mixed.mul_((lse - level).exp_()).add_(more.mul_((more_lse - level).exp_())), total
+
+
+class _SoftmaxBackward(BackwardTiles):
+    """``dS = P ∘ (dP − δ)``, with both row statistics folded into the products to save passes over the tile.
+
+    ``P = exp([q, −lse] [k, 1]ᵀ)`` and ``dP − δ = [dO, −δ] [v, 1]ᵀ``.
+    """
+
+    def __init__(self, loop: SoftmaxLoop, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> None:
+        self.loop = loop
+        # δ: what a weight's gradient loses to the row's normalisation.
+        delta = torch.linalg.vecdot(grad_out.to(loop.dtype), out.to(loop.dtype))
+        self.level, self.delta = lse.masked_fill(lse == -torch.inf, 0.0), delta.sub_(grad_lse)
+        self.key, self.value = _append_one(loop.key, loop.dtype), _append_one(loop.value, loop.dtype)
+
+    def enter(self, step: Step, query: Tensor, grad: Tensor) -> None:
+        place = (step.rows, slice(None), slice(*step.queries))
+        self.shift = self.delta[place].flatten(1, 2)[..., None]
+        self.query = torch.cat([query, -self.level[place].flatten(1, 2)[..., None]], dim=-1)
+        self.grad = torch.cat([grad, -self.shift], dim=-1)
+
+    def tile(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
+        loop = self.loop
+        weights = loop.scores(self.query, loop.keys_of(self.key, step, keys), step, keys).exp_()
+        grad_scores = loop.product("grad", self.grad, loop.keys_of(self.value, step, keys))
+        kept = loop.kept(step, keys)
+        if kept is None:
+            return weights, grad_scores.mul_(weights)
+        # The −δ that rides in the product must not be dropped with the weight.
+        grad_scores.add_(self.shift).mul_(kept).sub_(self.shift).mul_(weights)
+        return weights.mul_(kept), grad_scores
+
+
+class PointwiseLoop(TileLoop):
+    """Every weight comes from its own score: nothing is carried along a row."""
+
+    normalizer: Pointwise
+
+    def mix(self, step: Step) -> tuple[Tensor, None]:
+        query, counts = self.scaled_query(step), self.counts(step)
+        mixed = query.new_zeros(*query.shape[:2], self.value.shape[-1])
+        for keys in step.ranges:
+            scores = self.scores(query, self.keys_of(self.key, step, keys), step, keys)
+            weights, kept = self.normalizer.weights(scores, counts), self.kept(step, keys)
+            if kept is not None:
+                weights.mul_(kept)
+            mixed.baddbmm_(weights, self.keys_of(self.value, step, keys))
+        return mixed, None
+
+    def backward_over(self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> BackwardTiles:
+        return _PointwiseBackward(self)
+
+
+class _PointwiseBackward(BackwardTiles):
+    """``dS = f′(S) ∘ dP``."""
+
+    def __init__(self, loop: PointwiseLoop) -> None:
+        self.loop = loop
+
+    def enter(self, step: Step, query: Tensor, grad: Tensor) -> None:
+        self.query, self.grad, self.counts = query, grad, self.loop.counts(step)
+
+    def tile(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
+        loop = self.loop
+        scores = loop.scores(self.query, loop.keys_of(loop.key, step, keys), step, keys)
+        weights = loop.normalizer.weights(scores, self.counts)
+        grad_scores = loop.product("grad", self.grad, loop.keys_of(loop.value, step, keys))
+        grad_scores.mul_(loop.normalizer.slope(weights, self.counts))
+        kept = loop.kept(step, keys)
+        if kept is not None:
+            grad_scores.mul_(kept)
+            weights.mul_(kept)
+        return weights, grad_scores
+
+
+def loop_for(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_tensors: list[Tensor],
+    bias_tensors: list[Tensor],
+    seed: Tensor | None,
+    mask: str,
+    bias: str,
+    normalizer: str,
+    scale: float,
+    dropout: float,
+) -> TileLoop:
+    """The loop for a call as it travels through the operator."""
+    chosen = Normalizer.unflatten(normalizer, [])
+    kind = PointwiseLoop if isinstance(chosen, Pointwise) else SoftmaxLoop
+    own_mask = Mask.unflatten(mask, mask_tensors) if mask else None
+    loop = kind(query, key, value, (bias, bias_tensors), own_mask, seed, scale, dropout)
+    if isinstance(loop, PointwiseLoop) and isinstance(chosen, Pointwise):
+        loop.normalizer = chosen
+    return loop
+
+
+@contextmanager
+def _autograd_inside_operator() -> Iterator[None]:
+    """Autograd for the biases' own gradients: the dispatcher takes it away inside a custom operator."""
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
+def _append_one(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.cat([tensor.to(dtype), tensor.new_ones(*tensor.shape[:-1], 1, dtype=dtype)], dim=-1)
+
+
+def _pieces(batch: Span, heads: Span, key_heads: int, most_rows: int) -> Iterator[tuple[Span, Span]]:
+    """Cut samples × key heads into pieces of at most `most_rows` rows that stay contiguous when folded."""
+    width = heads[1] - heads[0]
+    if width <= most_rows and width == key_heads:
+        samples = most_rows // width
+        for start in range(*batch, samples):
+            yield (start, min(start + samples, batch[1])), heads
+        return
+    for sample in range(*batch):
+        for start in range(*heads, most_rows):
+            yield (sample, sample + 1), (start, min(start + most_rows, heads[1]))

@@ -1,0 +1,123 @@
+"""Random calls of `attention` for hypothesis: odd shapes, any mask expression, every bias and normalizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from regard.ops.biases import Alibi, Bias, RelativeBias
+from regard.ops.masks import (
+    Blocks,
+    Causal,
+    Dense,
+    Dilated,
+    Keys,
+    Mask,
+    Padding,
+    Prefix,
+    Segments,
+    Sinks,
+    Window,
+)
+
+# Lengths around the edges of a tile of 128, and far from any.
+LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([1, 63, 127, 128, 129, 200, 257, 300]))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch: int
+    heads: int
+    key_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+
+    def tensors(self, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        random = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
+
+        return (
+            draw(self.batch, self.heads, self.queries, self.head_dim),
+            draw(self.batch, self.key_heads, self.keys, self.head_dim),
+            draw(self.batch, self.key_heads, self.keys, self.value_dim),
+        )
+
+
+@st.composite
+def sizes(draw: st.DrawFn) -> Sizes:
+    key_heads = draw(st.integers(1, 3))
+    return Sizes(
+        batch=draw(st.integers(1, 3)),
+        heads=key_heads * draw(st.integers(1, 3)),
+        key_heads=key_heads,
+        queries=draw(LENGTHS),
+        keys=draw(LENGTHS),
+        head_dim=draw(st.integers(1, 9)),
+        value_dim=draw(st.integers(1, 9)),
+    )
+
+
+@st.composite
+def base_masks(draw: st.DrawFn, size: Sizes) -> Mask:
+    n, small = max(size.queries, size.keys), st.integers(0, 40)
+    random = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+    def flags(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=random) < draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
+
+    kinds = {
+        "causal": lambda: Causal(),
+        "window": lambda: Window(draw(small), draw(small)),
+        "sinks": lambda: Sinks(draw(small)),
+        "prefix": lambda: Prefix(draw(small)),
+        "prefixes": lambda: Prefix(torch.randint(0, size.keys + 1, (size.batch,), generator=random)),
+        "blocks": lambda: Blocks(draw(st.integers(1, n))),
+        "dilated": lambda: Dilated(draw(small), draw(st.integers(1, 5))),
+        "padding": lambda: Padding(torch.randint(0, size.keys + 1, (size.batch,), generator=random)),
+        "keys": lambda: Keys(flags(size.keys)),
+        "keys of each": lambda: Keys(flags(size.batch, size.keys)),
+        "segments": lambda: Segments(
+            torch.randint(0, 4, (size.batch, size.keys), generator=random).sort(-1).values,
+            torch.randint(0, 4, (size.batch, size.queries), generator=random).sort(-1).values,
+        ),
+        "dense": lambda: Dense(flags(size.queries, size.keys)),
+        "dense by head": lambda: Dense(flags(1, size.heads, size.queries, size.keys)),
+        "dense by sample and head": lambda: Dense(flags(size.batch, size.heads, size.queries, size.keys)),
+    }
+    return kinds[draw(st.sampled_from(sorted(kinds)))]()
+
+
+@st.composite
+def masks(draw: st.DrawFn, size: Sizes) -> Mask | None:
+    if draw(st.booleans()) and draw(st.booleans()):
+        return None
+    mask = draw(base_masks(size))
+    for _ in range(draw(st.integers(0, 2))):
+        other = draw(base_masks(size))
+        mask = {"and": mask & other, "or": mask | other, "not": ~mask}[draw(st.sampled_from(["and", "or", "not"]))]
+    return mask
+
+
+@st.composite
+def biases(draw: st.DrawFn, size: Sizes, dtype: torch.dtype) -> Bias | None:
+    random = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+    def table(entries: int) -> Tensor:
+        values = torch.randn(size.heads, entries, generator=random, dtype=torch.float64)
+        return values.to(dtype).requires_grad_()
+
+    kinds = {
+        "none": lambda: None,
+        "alibi": lambda: Alibi(table(1).detach()[:, 0].abs().requires_grad_()),
+        "clipped": lambda: RelativeBias(table(2 * 7 + 1), 7),
+        "one-sided buckets": lambda: RelativeBias(table(16), 64, None, False),
+        "two-sided buckets": lambda: RelativeBias(table(16), 64, None, True),
+    }
+    return kinds[draw(st.sampled_from(sorted(kinds)))]()
