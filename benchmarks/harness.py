@@ -60,6 +60,19 @@ def gemm_limit(size: int = 2048) -> float:
     return 2 * size**3 / times(lambda: a @ b, repeats=9, warmup=2)[0]
 
 
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes allocated at once on the CPU while `function` runs, beyond what was there before."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
 def machine() -> dict[str, object]:
     return {
         "processor": _processor(),
@@ -72,23 +85,35 @@ def machine() -> dict[str, object]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line] \
-        if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor()
 
 
 def report(name: str, rows: list[Row]) -> None:
     """Print the table and write ``results/<name>.json`` whole or not at all."""
     host = machine()
-    table = Table(title=f"{name} — {host['threads']} threads, torch {host['torch']}, GEMM {host['gemm_gflops']} GFLOP/s")
+    table = Table(
+        title=f"{name} — {host['threads']} threads, torch {host['torch']}, GEMM {host['gemm_gflops']} GFLOP/s"
+    )
     for column in ("case", "peer", "ratio", "target", "reached", "ours", "peer's", "detail"):
         table.add_column(column)
     for row in rows:
         table.add_row(
-            row.case, row.peer, f"{row.ratio:.2f}", row.target, "yes" if row.reached else "NO",
-            f"{row.ours_seconds * 1e3:.1f} ms", f"{row.peer_seconds * 1e3:.1f} ms",
-            ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                      for key, value in row.detail.items()),
+            row.case,
+            row.peer,
+            f"{row.ratio:.2f}",
+            row.target,
+            "yes" if row.reached else "NO",
+            f"{row.ours_seconds * 1e3:.1f} ms",
+            f"{row.peer_seconds * 1e3:.1f} ms",
+            ", ".join(
+                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in row.detail.items()
+            ),
         )
     Console(width=180).print(table)
     RESULTS.mkdir(exist_ok=True)

@@ -45,7 +45,7 @@ class Contract:
         packed: `forward` takes ``Segments``; several sequences in one row give what each gives alone.
         any_mask: `forward` takes every mask expression (which includes the two above).
         positions: `forward` takes ``positions``.
-        step: has ``init_state(batch)`` and ``step(x, state) -> (y, state)`` for one or more further tokens (causal self).
+        step: has ``init_state(batch)`` and ``step(x, state) -> (y, state)`` for further tokens (causal self).
         state: how the bytes of that state grow with the tokens seen; required with `step`.
         attention_map: has ``attention_map(x, ...) -> (weights, value)`` with weights (B, H, N, M), value (B, H, M, Dv)
             and ``combine(weights @ value)`` equal to the output.

@@ -76,9 +76,7 @@ def read_table(lines: Iterable[str]) -> dict[str, Paper]:
             require(tuple(row) == COLUMNS, owner, f"header {row} is not known", f"write {'|'.join(COLUMNS)}")
             continue
         entry = _paper(owner, row)
-        require(
-            entry.key not in table, owner, f"key {entry.key!r} stands twice", "give each paper its own key"
-        )
+        require(entry.key not in table, owner, f"key {entry.key!r} stands twice", "give each paper its own key")
         table[entry.key] = entry
     return table
 
@@ -88,9 +86,7 @@ def _paper(owner: str, row: list[str]) -> Paper:
     require(len(row) == len(COLUMNS), owner, f"{len(row)} fields are not {len(COLUMNS)}", expected)
     field = dict(zip(COLUMNS, row, strict=True))
     for name in ("id", "key", "title", "wave"):
-        require(
-            bool(field[name]), owner, f"{name} is empty", "only year, arxiv and implemented_by may be unknown"
-        )
+        require(bool(field[name]), owner, f"{name} is empty", "only year, arxiv and implemented_by may be unknown")
     return Paper(
         key=field["key"],
         title=field["title"],
@@ -106,7 +102,5 @@ def _paper(owner: str, row: list[str]) -> Paper:
 
 
 def _integer(owner: str, name: str, text: str) -> int | None:
-    require(
-        not text or text.isdecimal(), owner, f"{name} {text!r} is not a number", "write digits or nothing"
-    )
+    require(not text or text.isdecimal(), owner, f"{name} {text!r} is not a number", "write digits or nothing")
     return int(text) if text else None

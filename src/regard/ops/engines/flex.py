@@ -43,10 +43,13 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         "scale": call.scale,
         "enable_gqa": call.heads != call.key_heads,
     }
+    tensors = call.query, call.key, call.value
+    if not call.needs_grad:
+        # On CPU it refuses what requires grad even under no_grad.
+        tensors = tuple(tensor.detach() for tensor in tensors)
     if call.needs_lse:
-        out, lse = _compiled()(call.query, call.key, call.value, return_lse=True, **arguments)
-        return out, lse
-    return _compiled()(call.query, call.key, call.value, **arguments), None
+        return _compiled()(*tensors, return_lse=True, **arguments)
+    return _compiled()(*tensors, **arguments), None
 
 
 @cache

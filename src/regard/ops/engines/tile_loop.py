@@ -23,10 +23,12 @@ from regard.ops.masks import Mask, Tiles, plan
 from regard.ops.masks.plan import KeyRange
 from regard.ops.normalizers import Normalizer, Pointwise
 
-QUERY_TILE = 128
-KEY_TILE = 128
-MOST_SCORES = 2**20
-"""Scores in flight: with their neighbours they should stay in the last cache level."""
+WIDE_TILE, NARROW_TILE = 128, 64
+"""Tile edges: large tiles make better products, small ones waste less at the edges of a narrow band."""
+NARROW_BAND = 640
+"""Keys a query visits on average, up to which tiles are narrow. Measured on two cores with windows of 64 to 1024."""
+MOST_KEYS = 4096
+"""Rows × keys per query in flight: scores, weights and their gradient then stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ class TileLoop(ABC):
         self.mask, (self.bias_text, self.bias_tensors) = mask, bias
         self.bias = Bias.unflatten(*bias) if bias[0] else None
         self.seed, self.scale, self.dropout = seed, scale, dropout
-        self.plan = plan(mask, Tiles(self.batch, self.heads, self.queries, self.keys, QUERY_TILE, KEY_TILE))
+        sizes = self.batch, self.heads, self.queries, self.keys
+        wide = plan(mask, Tiles(*sizes, WIDE_TILE, WIDE_TILE))
+        narrow = wide.density * self.keys <= NARROW_BAND < self.keys
+        self.plan = plan(mask, Tiles(*sizes, NARROW_TILE, NARROW_TILE)) if narrow else wide
         self._scratch: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -123,14 +128,15 @@ class TileLoop(ABC):
         """Rows of tiles with something to compute."""
         for unit in self.plan.units(self.key_heads):
             widest = max((keys.stop - keys.start for row in unit.rows for keys in row), default=1)
-            most_rows = max(1, MOST_SCORES // (self.group * QUERY_TILE * widest))
+            most_rows = max(1, MOST_KEYS // (self.group * widest))
             for batch, heads in _pieces(unit.batch, unit.heads, self.key_heads, most_rows):
                 first = batch[0] * self.key_heads + heads[0]
                 rows = slice(first, first + (batch[1] - batch[0]) * (heads[1] - heads[0]))
                 for index, ranges in enumerate(unit.rows):
                     if ranges:
-                        start = index * QUERY_TILE
-                        yield Step(batch, heads, rows, (start, min(start + QUERY_TILE, self.queries)), ranges)
+                        start = index * self.plan.tiles.query_tile
+                        stop = min(start + self.plan.tiles.query_tile, self.queries)
+                        yield Step(batch, heads, rows, (start, stop), ranges)
 
     def scaled_query(self, step: Step) -> Tensor:
         """Queries of a row of tiles, scaled, as (rows, group · queries, head_dim)."""
@@ -239,11 +245,9 @@ class SoftmaxLoop(TileLoop):
         for keys in step.ranges:
             scores = self.scores(query, self.keys_of(self.key, step, keys), step, keys)
             highest = scores.amax(-1, keepdim=True)
-            weights = torch.softmax(scores, -1, out=self.scratch("weights", *scores.shape))
-            if keys.partial or self.bias is not None:
-                weights.masked_fill_(highest == -torch.inf, 0.0)
-            lse = highest - weights.amax(-1, keepdim=True).log()
-            lse.masked_fill_(highest == -torch.inf, -torch.inf)
+            empty = highest == -torch.inf
+            weights = self.softmax(scores, empty, keys)
+            lse = (highest - weights.amax(-1, keepdim=True).log_()).masked_fill_(empty, -torch.inf)
             kept = self.kept(step, keys)
             if kept is not None:
                 weights.mul_(kept)
@@ -251,6 +255,11 @@ class SoftmaxLoop(TileLoop):
             running = (mixed, lse) if running is None else _merge(*running, mixed, lse)
         assert running is not None
         return running
+
+    def softmax(self, scores: Tensor, empty: Tensor, keys: KeyRange) -> Tensor:
+        """Softmax over one range of keys, 0 in `empty` rows (there are none where nothing is masked)."""
+        weights = torch.softmax(scores, -1, out=self.scratch("weights", *scores.shape))
+        return weights.masked_fill_(empty, 0.0) if keys.partial or self.bias is not None else weights
 
     def backward_over(self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> BackwardTiles:
         return _SoftmaxBackward(self, out, lse, grad_out, grad_lse)
@@ -264,33 +273,30 @@ def _merge(mixed: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[
 
 
 class _SoftmaxBackward(BackwardTiles):
-    """``dS = P ∘ (dP − δ)``, with both row statistics folded into the products to save passes over the tile.
-
-    ``P = exp([q, −lse] [k, 1]ᵀ)`` and ``dP − δ = [dO, −δ] [v, 1]ᵀ``.
-    """
+    """``dS = P ∘ (dP − δ)`` with ``P = exp(S − lse)`` and δ what a weight's gradient loses to the row's normalisation."""
 
     def __init__(self, loop: SoftmaxLoop, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> None:
         self.loop = loop
-        # δ: what a weight's gradient loses to the row's normalisation.
         delta = torch.linalg.vecdot(grad_out.to(loop.dtype), out.to(loop.dtype))
-        self.level, self.delta = lse.masked_fill(lse == -torch.inf, 0.0), delta.sub_(grad_lse)
-        self.key, self.value = _append_one(loop.key, loop.dtype), _append_one(loop.value, loop.dtype)
+        self.lse, self.delta = lse, delta.sub_(grad_lse)
 
     def enter(self, step: Step, query: Tensor, grad: Tensor) -> None:
         place = (step.rows, slice(None), slice(*step.queries))
-        self.shift = self.delta[place].flatten(1, 2)[..., None]
-        self.query = torch.cat([query, -self.level[place].flatten(1, 2)[..., None]], dim=-1)
-        self.grad = torch.cat([grad, -self.shift], dim=-1)
+        level = self.lse[place].flatten(1, 2)[..., None]
+        self.empty = level == -torch.inf
+        self.level, self.shift = level.masked_fill(self.empty, 0.0), self.delta[place].flatten(1, 2)[..., None]
+        self.query, self.grad = query, grad
 
     def tile(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
         loop = self.loop
-        weights = loop.scores(self.query, loop.keys_of(self.key, step, keys), step, keys).exp_()
-        grad_scores = loop.product("grad", self.grad, loop.keys_of(self.value, step, keys))
+        scores = loop.scores(self.query, loop.keys_of(loop.key, step, keys), step, keys)
+        one = len(step.ranges) == 1
+        weights = loop.softmax(scores, self.empty, keys) if one else scores.sub_(self.level).exp_()
+        grad_scores = loop.product("grad", self.grad, loop.keys_of(loop.value, step, keys))
         kept = loop.kept(step, keys)
         if kept is None:
-            return weights, grad_scores.mul_(weights)
-        # The −δ that rides in the product must not be dropped with the weight.
-        grad_scores.add_(self.shift).mul_(kept).sub_(self.shift).mul_(weights)
+            return weights, grad_scores.sub_(self.shift).mul_(weights)
+        grad_scores.mul_(kept).sub_(self.shift).mul_(weights)
         return weights.mul_(kept), grad_scores
 
 
@@ -365,10 +371,6 @@ def _autograd_inside_operator() -> Iterator[None]:
     excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
         yield
-
-
-def _append_one(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.cat([tensor.to(dtype), tensor.new_ones(*tensor.shape[:-1], 1, dtype=dtype)], dim=-1)
 
 
 def _pieces(batch: Span, heads: Span, key_heads: int, most_rows: int) -> Iterator[tuple[Span, Span]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from regard.ops.indices import Span, full_tile, index_grid
 from regard.ops.masks.base import EMPTY, FULL, PARTIAL, Mask, Tiles
 
-KEY_SPAN = 1024
+KEY_SPAN = 512
 """Longest key range walked at once, so that its scores stay in cache."""
 _MOST_PLANS = 128
 

@@ -1,0 +1,1 @@
+"""Gates over the channels of feature maps."""

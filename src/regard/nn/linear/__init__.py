@@ -1,0 +1,1 @@
+"""Attention in linear time: keys and values are summed up before a query looks at them."""
