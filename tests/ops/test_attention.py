@@ -169,7 +169,7 @@ def test_dropout_drops_the_same_weights_whatever_the_tiles(monkeypatch):
         return attention(*tensors, mask=Causal(), dropout=0.5, backend="tiled")
 
     whole = run()
-    monkeypatch.setattr(tile_loop, "QUERY_TILE", 32)
+    monkeypatch.setattr(tile_loop, "WIDE_TILE", 32)
     torch.testing.assert_close(run(), whole)
 
 
@@ -278,6 +278,18 @@ def test_tiled_memory_is_linear_in_the_length():
     small, large = (peak_bytes(forward_backward(length)) for length in (2048, 8192))
     assert large <= 4.5 * small
     assert large < 8192 * 8192  # not even one byte per pair
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_autocast_does_not_round_what_is_inside(backend):
+    tensors = Sizes(1, 2, 1, 200, 200, 8, 8).tensors(torch.float32, 0)
+
+    def run(enabled):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = attention(*tensors, mask=Causal(), backend=backend)
+        return [out, *torch.autograd.grad(out.sin().sum(), tensors)]
+
+    torch.testing.assert_close(run(True), run(False))
 
 
 def test_inputs_are_not_written_to():

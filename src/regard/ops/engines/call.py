@@ -71,8 +71,3 @@ class Call:
         if self.bias is None:
             return None
         return self.bias.dense(self.queries, self.keys, batch=self.batch, heads=self.heads, device=self.query.device)
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Scores and their statistics are at least float32."""
-    return torch.promote_types(dtype, torch.float32)

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from regard.ops.dropout import draw_seed, keep_tile
-from regard.ops.engines.call import Call, statistics_dtype
+from regard.ops.engines.call import Call
 from regard.ops.indices import index_grid
+from regard.ops.precision import statistics_dtype, without_autocast
 
 
 def refuses(call: Call) -> str | None:
@@ -20,17 +21,19 @@ def run(
     call: Call,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
     """Output and log-sum-exp (meaningful for softmax only)."""
-    scores = masked_scores(call)
-    weights = call.normalizer.weights(scores, counts(call))
-    if call.dropout > 0:
-        weights = weights * _keep(call, weights)
-    value = call.value.to(weights.dtype).repeat_interleave(call.heads // call.key_heads, dim=1)
-    return (weights @ value).to(call.query.dtype), _log_sum_exp(scores)
+    with without_autocast(call.query.device):
+        scores = masked_scores(call)
+        weights = call.normalizer.weights(scores, counts(call))
+        if call.dropout > 0:
+            weights = weights * _keep(call, weights)
+        value = call.value.to(weights.dtype).repeat_interleave(call.heads // call.key_heads, dim=1)
+        return (weights @ value).to(call.query.dtype), _log_sum_exp(scores)
 
 
 def weights(call: Call) -> Float[Tensor, "batch heads queries keys"]:
     """The weights themselves, in the statistics' dtype."""
-    return call.normalizer.weights(masked_scores(call), counts(call))
+    with without_autocast(call.query.device):
+        return call.normalizer.weights(masked_scores(call), counts(call))
 
 
 def masked_scores(call: Call) -> Float[Tensor, "batch heads queries keys"]:

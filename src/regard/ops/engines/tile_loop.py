@@ -17,11 +17,11 @@ from torch import Tensor
 
 from regard.ops.biases import Bias
 from regard.ops.dropout import keep_tile
-from regard.ops.engines.call import statistics_dtype
 from regard.ops.indices import Span, index_grid
 from regard.ops.masks import Mask, Tiles, plan
 from regard.ops.masks.plan import KeyRange
 from regard.ops.normalizers import Normalizer, Pointwise
+from regard.ops.precision import statistics_dtype
 
 WIDE_TILE, NARROW_TILE = 128, 64
 """Tile edges: large tiles make better products, small ones waste less at the edges of a narrow band."""

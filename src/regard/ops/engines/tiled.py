@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from regard.ops.dropout import draw_seed
-from regard.ops.engines.call import Call, statistics_dtype
+from regard.ops.engines.call import Call
 from regard.ops.engines.tile_loop import loop_for
+from regard.ops.precision import statistics_dtype, without_autocast
 
 
 def refuses(call: Call) -> str | None:
@@ -59,9 +60,10 @@ def tiled_attention(
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    return loop_for(
-        query, key, value, mask_tensors, bias_tensors, seed, mask, bias, normalizer, scale, dropout
-    ).forward()
+    with without_autocast(query.device):
+        return loop_for(
+            query, key, value, mask_tensors, bias_tensors, seed, mask, bias, normalizer, scale, dropout
+        ).forward()
 
 
 @tiled_attention.register_fake
@@ -89,9 +91,11 @@ def tiled_attention_backward(
     dropout: float,
     train_bias: bool,
 ) -> list[Tensor]:
-    return loop_for(
-        query, key, value, mask_tensors, bias_tensors, seed, mask, bias, normalizer, scale, dropout
-    ).backward(grad_out, grad_lse, out, lse, train_bias)
+    with without_autocast(query.device):
+        loop = loop_for(
+            query, key, value, mask_tensors, bias_tensors, seed, mask, bias, normalizer, scale, dropout
+        )
+        return loop.backward(grad_out, grad_lse, out, lse, train_bias)
 
 
 @tiled_attention_backward.register_fake

@@ -1,0 +1,19 @@
+"""In which type the operators compute: never less than float32, whatever the inputs or autocast say."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Scores, their statistics and running states are at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast would round the float32 inside to half. Where it is off, nothing shows in an exported graph."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
