@@ -1,12 +1,12 @@
-"""`regard.ops.attention` against torch's own: causal, a sliding window, and the window against compiled FlexAttention."""
+"""`regard.ops.attention` against torch's own: causal, a sliding window, the window against compiled FlexAttention."""
 
 from __future__ import annotations
 
 import torch
-from harness import Row, gemm_limit, peak_bytes, report, threads_argument, times
 from torch import Tensor
 from torch.nn import functional as F
 
+from harness import Row, gemm_limit, peak_bytes, report, threads_argument, times
 from regard.ops import attention
 from regard.ops.masks import Causal, Mask, Window
 

@@ -78,14 +78,14 @@ class LanguageModel(nn.Module):
         return written.decode("utf-8", errors="replace")
 
 
-def source_text() -> tuple[Tensor, Tensor]:
+def source_text() -> tuple[Tensor, ...]:
     """The standard library's modules as bytes, split by file: every tenth one is held out."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    kept, held_out = (
+    parts = (
         b"".join(path.read_bytes() for index, path in enumerate(files) if (index % 10 == 0) is held)
         for held in (False, True)
     )
-    return torch.frombuffer(bytearray(kept), dtype=torch.uint8), torch.frombuffer(bytearray(held_out), dtype=torch.uint8)
+    return tuple(torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
 
 
 def windows(text: Tensor, count: int, random: torch.Generator) -> Tensor:

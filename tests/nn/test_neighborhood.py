@@ -19,7 +19,7 @@ from regard.nn import MultiHeadAttention, NeighborhoodAttention
 )
 def test_the_module_is_nattens(axes, grid, options):
     natten = pytest.importorskip("natten")
-    peer_class = [natten.NeighborhoodAttention1D, natten.NeighborhoodAttention2D, natten.NeighborhoodAttention3D][axes - 1]
+    peer_class = getattr(natten, f"NeighborhoodAttention{axes}D")
     torch.manual_seed(0)
     peer = peer_class(embed_dim=32, num_heads=2, **options)
     ours = NeighborhoodAttention(32, heads=2, axes=axes, relative_bias=False, **options)

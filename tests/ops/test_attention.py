@@ -66,9 +66,8 @@ def test_fused_equals_reference_in_float64_and_float32(data):
     mask = data.draw(masks(size))
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         tensors = size.tensors(dtype, seed=0)
-        found, wanted = ([*torch.autograd.grad(out.sin().sum(), tensors), out] for out in (
-            attention(*tensors, mask=mask, backend=name) for name in ("fused", "reference")
-        ))
+        outs = [attention(*tensors, mask=mask, backend=name) for name in ("fused", "reference")]
+        found, wanted = ([out, *torch.autograd.grad(out.sin().sum(), tensors)] for out in outs)
         for ours, reference in zip(found, wanted, strict=True):
             assert (ours - reference).abs().max() <= tolerance * max(1.0, reference.abs().max().item())
 
@@ -78,7 +77,9 @@ def test_fused_equals_reference_in_float64_and_float32(data):
 def test_flex_equals_reference(mask):
     query, key, value = (tensor.detach() for tensor in Sizes(2, 4, 2, 200, 300, 16, 16).tensors(torch.float32, 0))
     found = attention(query, key, value, mask=mask, backend="flex")
-    torch.testing.assert_close(found, attention(query, key, value, mask=mask, backend="reference"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, attention(query, key, value, mask=mask, backend="reference"), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_reference_is_the_textbook_formula():

@@ -7,12 +7,12 @@ from pkgutil import walk_packages
 
 from regard.nn.mechanism import Mechanism
 
-for _module in walk_packages(__path__, f"{__name__}."):
-    for _value in vars(import_module(_module.name)).values():
-        if isinstance(_value, type) and "card" in vars(_value):
-            globals()[_value.__name__] = _value
+_classes = {
+    value.__name__: value
+    for module in walk_packages(__path__, f"{__name__}.")
+    for value in vars(import_module(module.name)).values()
+    if isinstance(value, type) and "card" in vars(value)
+}
+globals().update(_classes)
 
-__all__ = [
-    "Mechanism",
-    *(name for name, value in globals().items() if isinstance(value, type) and "card" in vars(value)),
-]
+__all__ = ["Mechanism", *_classes]  # pyright: ignore[reportUnsupportedDunderAll] known when the files are read

@@ -60,7 +60,8 @@ class Attention(Mechanism):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.heads, self.causal, self.position = dim, heads, causal, position
+        self.dim, self.heads, self.causal = dim, heads, causal
+        self.position: Position | None = position
         self.head_dim = head_width(self._name, dim, heads, head_dim)
         self.kv_heads = heads if kv_heads is None else kv_heads
         self.context_dim = dim if context_dim is None else context_dim
@@ -153,7 +154,7 @@ class Attention(Mechanism):
         self, x: Float[Tensor, "batch new dim"], state: KeyValueCache
     ) -> tuple[Float[Tensor, "batch new dim"], KeyValueCache]:
         """The outputs of one or more further tokens, and the state after them. Causal self-attention only."""
-        query, key, value = self.project_step(x, state.length)
+        query, key, value = self.project_step(x, state.length, state.key.shape[0])
         state = state.append(key, value)
         mixed = attention(
             query,
@@ -183,9 +184,10 @@ class Attention(Mechanism):
             key = rotary(key, positions if context is None else key_positions)
         return query, key, value
 
-    def project_step(self, x: Tensor, seen: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value heads of tokens that follow `seen` others."""
+    def project_step(self, x: Tensor, seen: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value heads of tokens that follow `seen` others in a state of `batch` samples."""
         require(self.causal, self._name, "step with causal=False", "build with causal=True to decode step by step")
+        self.check_step(x, self.dim, batch)
         positions = torch.arange(seen, seen + x.shape[1], device=x.device) if self.position == "rotary" else None
         return self.project(x, None, None, positions)
 

@@ -82,6 +82,17 @@ class Mechanism(nn.Module):
                 f"give ({x.shape[1]},) or {tuple(x.shape[:2])}",
             )
 
+    def check_step(self, x: Tensor, width: int, batch: int) -> None:
+        """Raise ValueError unless `x` holds further tokens for a state of this batch."""
+        self.check_tokens(x, None, None, None, takes_positions=False)
+        self.check_width(x, width)
+        require(
+            x.shape[0] == batch,
+            self._name,
+            f"x has batch {x.shape[0]} (shape {tuple(x.shape)}), the state {batch}",
+            "go on with the batch the state was made for",
+        )
+
     def _check_mask(self, mask: Mask) -> None:
         contract = self.card.contract
         require(

@@ -8,7 +8,6 @@ the others again, so that memory beyond inputs and outputs is a small fraction o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 
@@ -23,15 +22,22 @@ _CHUNKS_PER_CHECKPOINT = 16
 _VANISHES = 1e4
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast would round the float32 inside to half."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+def exact(function: Callable) -> Callable:
+    """Without autocast, which would round the float32 inside to half. Where it is off, exported graphs show nothing."""
+
+    @wraps(function)
+    def outside_autocast(first: Tensor, *arguments):
+        device = first.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return function(first, *arguments)
+        return function(first, *arguments)
+
+    return outside_autocast
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def causal_linear_attention(
@@ -43,8 +49,8 @@ def causal_linear_attention(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Output, in the dtype of `value`, and final state of checked inputs; see `linear_attention`."""
-    out, state, _ = _forward(query, key, value, log_decay, initial_state, chunk_size)
-    return out, state
+    out, checkpoints = _forward(query, key, value, log_decay, initial_state, chunk_size)
+    return out, checkpoints[-1].clone()
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class _Chunks:
         self.heads, self.length = key.shape[1:3]
         self.groups = query.shape[1] // self.heads
         self.dtype, self.size = dtype, size
-        self.chunks_per_step = max(1, _ELEMENTS_PER_STEP // (query[:, :, 0].numel() * size))
+        self.chunks_per_step = max(1, _ELEMENTS_PER_STEP // max(1, query[:, :, 0].numel() * size))
         self._log_decay, self._device = log_decay, query.device
         self._same_for_all_chunks: dict[int, _Decay] = {}
 
@@ -101,10 +107,11 @@ class _Chunks:
     def cut(self, tensor: Tensor, step: _Step) -> Tensor:
         """(chunks, batch, heads, groups * size, width) in the computing dtype, as one batch of matrices."""
         batch, heads, _, width = tensor.shape
+        groups = heads // self.heads
         part = tensor[:, :, step.start : step.stop].to(self.dtype)
-        part = part.reshape(batch, self.heads, heads // self.heads, step.chunks, step.size, width)
+        part = part.reshape(batch, self.heads, groups, step.chunks, step.size, width).permute(3, 0, 1, 2, 4, 5)
         # Merging the leading axes copies if strides ask for it: here once, not in every product.
-        part = part.permute(3, 0, 1, 2, 4, 5).reshape(step.chunks * batch * self.heads, -1, width)
+        part = part.reshape(step.chunks * batch * self.heads, groups * step.size, width)
         return part.unflatten(0, (step.chunks, batch, self.heads))
 
     def join(self, tensor: Tensor, step: _Step, part: Tensor) -> None:
@@ -182,17 +189,8 @@ def _states(k: Tensor, v: Tensor, start: Tensor, decay: _Decay) -> Tensor:
     return _running(_times(k, decay.leaving).mT @ v, start, decay.across)
 
 
-def _without_autocast(kernel: Callable) -> Callable:
-    @wraps(kernel)
-    def exact(first: Tensor, *arguments):
-        with without_autocast(first.device):
-            return kernel(first, *arguments)
-
-    return exact
-
-
 @torch.library.custom_op("regard::linear_attention", mutates_args=())
-@_without_autocast
+@exact
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -200,13 +198,12 @@ def _forward(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state and the state before each segment."""
+) -> tuple[Tensor, Tensor]:
+    """Output, and the state before each segment and after the last."""
     chunks = _Chunks(query, key, log_decay, compute_dtype(value), chunk_size)
-    out, state, checkpoints = _empty_outputs(query, key, value, log_decay, initial_state, chunk_size)
-    state = state.zero_() if initial_state is None else initial_state
-    for segment, checkpoint in zip(chunks.segments(), checkpoints, strict=True):
-        checkpoint.copy_(state)
+    out, checkpoints = _empty_outputs(query, key, value, log_decay, initial_state, chunk_size)
+    checkpoints[0] = 0 if initial_state is None else initial_state
+    for segment, state, checkpoint in zip(chunks.segments(), checkpoints[:-1], checkpoints[1:], strict=True):
         for step in segment:
             q, k, v = (chunks.cut(tensor, step) for tensor in (query, key, value))
             decay = chunks.decay(step)
@@ -214,7 +211,8 @@ def _forward(
             scores = (q @ k.mT).mul_(decay.within)
             chunks.join(out, step, _add_product_(_times_(q @ states[:-1], decay.entering), scores, v))
             state = states[-1]
-    return out, state.clone(), checkpoints
+        checkpoint.copy_(state)
+    return out, checkpoints
 
 
 @_forward.register_fake
@@ -222,12 +220,12 @@ def _empty_outputs(query, key, value, log_decay, initial_state, chunk_size):
     batch, heads, length, head_dim = key.shape
     segments = -(-length // (chunk_size * _CHUNKS_PER_CHECKPOINT))
     out = value.new_empty(batch, query.shape[1], length, value.shape[3])
-    state = value.new_empty(batch, heads, head_dim, value.shape[3], dtype=compute_dtype(value))
-    return out, state, state.new_empty(segments, *state.shape)
+    states = (segments + 1, batch, heads, head_dim, value.shape[3])
+    return out, value.new_empty(states, dtype=compute_dtype(value))
 
 
 @torch.library.custom_op("regard::linear_attention_backward", mutates_args=())
-@_without_autocast
+@exact
 def _backward(
     grad_out: Tensor,
     grad_state: Tensor,
@@ -242,7 +240,7 @@ def _backward(
     """Gradients of query, key, value, initial state and, per token and only if `with_decay`, log-decay."""
     chunks = _Chunks(query, key, log_decay, compute_dtype(value), chunk_size)
     grads = _empty_gradients(grad_out, grad_state, query, key, value, log_decay, checkpoints, chunk_size, with_decay)
-    for segment, state in zip(reversed(chunks.segments()), reversed(checkpoints.unbind()), strict=True):
+    for segment, state in zip(reversed(chunks.segments()), reversed(checkpoints[:-1].unbind()), strict=True):
         kept = []
         for step in segment:
             decay = chunks.decay(step)
@@ -253,7 +251,7 @@ def _backward(
             q, k, v, grad = (chunks.cut(tensor, step) for tensor in (query, key, value, grad_out))
             grad_q, grad_k, grad_v, grad_states = _step_backward(q, k, v, grad, states, grad_state, decay)
             grad_state = grad_states[0]
-            for whole, part in zip(grads, (grad_q, grad_k, grad_v), strict=False):
+            for whole, part in zip(grads[:3], (grad_q, grad_k, grad_v), strict=True):
                 chunks.join(whole, step, part)
             if with_decay:
                 crossing = _crossing(q * grad_q, k * grad_k, states[1:] * grad_states[1:])
@@ -301,14 +299,14 @@ def _crossing(ending: Tensor, beginning: Tensor, leaving: Tensor) -> Tensor:
 
 def _save(ctx, inputs, output):
     *tensors, _, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx, grad_out, grad_state, _):
+def _differentiate(ctx, grad_out, grad_checkpoints):
     query, key, value, log_decay, checkpoints = ctx.saved_tensors
     with_decay, with_state = ctx.needs_input_grad[3:5]
     *grads, grad_initial, grad_decay = _backward(
-        grad_out, grad_state, query, key, value, log_decay, checkpoints, ctx.chunk_size, with_decay
+        grad_out, grad_checkpoints[-1], query, key, value, log_decay, checkpoints, ctx.chunk_size, with_decay
     )
     if with_decay:
         grad_decay = grad_decay if log_decay.dim() == 3 else grad_decay.sum((0, 2))

@@ -1,9 +1,9 @@
 """How neighborhood attention cuts a grid into tiles of queries, each with one box of keys.
 
-Along an axis, consecutive queries of a dilation group form a tile; their windows fill one interval of keys, the box.
-A `Run` is a stretch of tiles whose windows look alike (border, interior, border) and a `Region` a product of runs, one
-per axis. All tiles of a region share one small mask, and all are reached at once through strided views: nothing is
-gathered by index, and what is held beside input and output does not grow with the grid.
+Along an axis, consecutive queries of a dilation group form a tile; their windows fill one interval of keys,
+its box. A `Run` is a stretch of tiles whose windows look alike (border, interior, border), a `Region` a product
+of runs, one per axis. All tiles of a region share one small mask and are reached at once through strided views:
+nothing is gathered by index, and what is held beside inputs and outputs does not grow with the grid.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Measured on a processor, in multiply-adds: the softmax of one score, copying one number of a box, starting the product
-# of one tile with its box, starting the operations of one region.
-_SCORE_COST, _COPY_COST, _TILE_COST, _REGION_COST = 24, 6, 40_000, 4_000_000
+# Fitted to timings on a processor, in multiply-adds: the softmax of one score, copying one number of a box,
+# starting the product of one tile with its box, starting the operations of one region.
+_SCORE_COST, _COPY_COST, _TILE_COST, _REGION_COST = 24, 16, 80_000, 2_000_000
 # Scores held at once. A processor keeps them in its caches; elsewhere few large launches matter more.
-_SCORES_AT_ONCE = {"cpu": 2**18}
-_SCORES_AT_ONCE_ELSEWHERE = 2**24
+_SCORES_AT_ONCE, _SCORES_AT_ONCE_ELSEWHERE = 2**18, 2**24
 
 
 def window(
@@ -36,7 +35,7 @@ def window(
 ) -> tuple[Int[Tensor, "*positions"], Int[Tensor, "*positions"]]:
     """First and last position seen from `position` in a dilation group of `length` positions.
 
-    `stride` queries share the window of their leader: the one right of their centre, or the last one if causal.
+    `stride` queries share the window of their leader, the one right of their center or, if causal, the last.
     """
     leader = position // stride * stride + (stride - 1 if is_causal else stride // 2)
     leader = torch.minimum(leader, length - 1)
@@ -70,13 +69,14 @@ class Axis:
             sizes.append(2 * sizes[-1])
         return sizes
 
-    def estimate(self, size: int) -> tuple[int, int, int, int]:
-        """(tiles, queries of a tile, keys of a box, runs) if cut into tiles of `size`."""
+    def estimate(self, size: int) -> tuple[float, int, int, int]:
+        """(tiles, queries of a tile, keys of a box, runs), roughly, if cut into tiles of `size`."""
         longest = math.ceil(self.length / self.dilation)
-        tiles, size = math.ceil(longest / size), min(size, longest)
+        size = min(size, longest)
         borders = 1 if self.is_causal else 2
-        runs = min(tiles, 1 + borders * math.ceil(self.kernel_size // 2 / size)) * len(self.groups())
-        return tiles * self.dilation, size, min(size + self.kernel_size - self.stride, longest), runs
+        runs = min(math.ceil(longest / size), 1 + borders * math.ceil(self.kernel_size // 2 / size))
+        box = min(size + self.kernel_size - self.stride, longest)
+        return self.length / size, size, box, runs * len(self.groups())
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class Run:
     visible: Bool[Tensor, "size width"]
 
     def bias_rows(self, kernel_size: int) -> Int[Tensor, "size width"]:
-        """Where key minus query, in dilation steps, is read off a relative bias; anywhere in it if not visible."""
+        """Where the relative bias has (key − query) in dilation steps; anywhere in it if not visible."""
         query = torch.arange(self.size, device=self.visible.device)
         key = torch.arange(self.first, self.first + self.width, device=self.visible.device)
         return (key - query[:, None] + kernel_size - 1).clamp(0, 2 * kernel_size - 2)
@@ -105,7 +105,10 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """The tiles of one run per axis. Views are (batch, heads, (groups, tiles) per axis, extent per axis, features)."""
+    """The tiles of one run per axis.
+
+    Views have axes (batch, heads, (groups, tiles) per grid axis, extent per grid axis, features).
+    """
 
     runs: tuple[Run, ...]
     mask: Float[Tensor, "queries keys"]
@@ -120,8 +123,8 @@ class Region:
     def box_pieces(self, x: Float[Tensor, "batch heads *grid features"]) -> list[tuple[Tensor, tuple]]:
         """Views that together cover the boxes, each with the part of the box it is.
 
-        Boxes of neighboring tiles overlap. A piece is no wider than a tile, so no number appears twice in one view, and
-        adding to it in place is safe and gives the same sum every time.
+        Boxes of neighboring tiles overlap. A piece is no wider than a tile, so no number appears twice in one
+        view, and adding to it in place is safe and gives the same sum every time.
         """
         pieces = []
         for part in product(*(_cut(run.width, run.size) for run in self.runs)):
@@ -132,14 +135,13 @@ class Region:
 
     def chunks(self, batch: int, heads: int) -> Iterator[tuple[slice, ...]]:
         """Indices into the views, each choosing the tiles whose scores are held at once."""
-        device = self.runs[0].visible.device.type
-        scores = heads * math.prod(run.size * run.width for run in self.runs)
-        room = _SCORES_AT_ONCE.get(device, _SCORES_AT_ONCE_ELSEWHERE) // scores
+        at_once = _SCORES_AT_ONCE if self.mask.device.type == "cpu" else _SCORES_AT_ONCE_ELSEWHERE
+        room = at_once // (heads * self.mask.numel())
         cuts: list[list[slice]] = []
         for extent in reversed([batch, *(extent for run in self.runs for extent in (run.groups, run.tiles))]):
-            pieces = math.ceil(extent / max(room, 1))
-            cuts.append(_cut(extent, math.ceil(extent / max(pieces, 1))))
-            room = room // extent if pieces == 1 else 1
+            step = max(1, min(room, extent))
+            cuts.append(_cut(extent, step))
+            room = room // step if step == extent else 1
         for of_batch, *of_tiles in product(*reversed(cuts)):
             yield (of_batch, slice(None), *of_tiles)
 
@@ -163,14 +165,17 @@ class Region:
 
 @lru_cache(maxsize=64)
 def tile_shape(axes: tuple[Axis, ...], samples: int, features: int) -> tuple[int, ...]:
-    """The cheapest tile for `samples` (batch times heads) grids with `features` numbers per key and value together."""
+    """The tile expected to be fastest.
+
+    `samples` is batch times heads, `features` the numbers of a key and a value together.
+    """
 
     def cost(tile: tuple[int, ...]) -> tuple[bool, float]:
         estimates = [axis.estimate(size) for axis, size in zip(axes, tile, strict=True)]
         tiles, queries, keys, regions = (math.prod(numbers) for numbers in zip(*estimates, strict=True))
-        scores = queries * keys * (features + _SCORE_COST)
-        of_tile = scores + keys * features * _COPY_COST + _TILE_COST
-        return queries * keys > _SCORES_AT_ONCE["cpu"], samples * tiles * of_tile + regions * _REGION_COST
+        scores = queries * keys
+        of_tile = scores * (features + _SCORE_COST) + keys * features * _COPY_COST + _TILE_COST
+        return scores > _SCORES_AT_ONCE, samples * tiles * of_tile + regions * _REGION_COST
 
     return min(product(*(axis.tile_sizes() for axis in axes)), key=cost)
 
@@ -189,15 +194,15 @@ def _runs(axis: Axis, size: int, device: torch.device) -> list[Run]:
     for group, groups, length in axis.groups():
         position = torch.arange(length)
         bounds = window(position, torch.tensor(length), axis.kernel_size, axis.stride, axis.is_causal)
-        seen = torch.stack(bounds, -1) - position[:, None] // size * size
-        tiles = [(start, seen[start : start + size].tolist()) for start in range(0, length, size)]
+        relative = torch.stack(bounds, -1) - (position // size * size)[:, None]
+        tiles = [(start, relative[start : start + size].tolist()) for start in range(0, length, size)]
         for windows, members in groupby(tiles, key=itemgetter(1)):
             starts = [start for start, _ in members]
             low, high = min(first for first, _ in windows), max(last for _, last in windows)
-            keys = torch.arange(low, high + 1, device=device)
-            visible = torch.stack([(first <= keys) & (keys <= last) for first, last in windows])
+            keys = torch.arange(low, high + 1)
+            visible = torch.stack([(first <= keys) & (keys <= last) for first, last in windows]).to(device)
             origin = group + axis.dilation * starts[0]
-            run = Run(origin, groups, len(starts), axis.dilation, len(windows), low, high - low + 1, visible)
+            run = Run(origin, groups, len(starts), axis.dilation, len(windows), low, len(keys), visible)
             runs.append(run)
     return runs
 
@@ -206,12 +211,12 @@ def _region(runs: tuple[Run, ...], dtype: torch.dtype) -> Region:
     visible = runs[0].visible
     for run in runs[1:]:
         visible = _outer(visible, run.visible, torch.logical_and)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
-    return Region(runs, mask)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return Region(runs, mask.masked_fill_(~visible, -math.inf))
 
 
 def _outer(a: Tensor, b: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Combine every entry of one matrix with every entry of the other, as a Kronecker product does."""
+    """Combine every entry of one matrix with every entry of the other, laid out as a Kronecker product."""
     return combine(a[:, None, :, None], b[None, :, None, :]).reshape(a.shape[0] * b.shape[0], -1)
 
 

@@ -46,10 +46,10 @@ class Bias(Value):
 
     def tile(
         self,
-        batch: slice,
-        heads: slice,
-        queries: tuple[int, int],
-        keys: tuple[int, int],
+        batch: Span,
+        heads: Span,
+        queries: Span,
+        keys: Span,
         device: torch.device,
     ) -> Float[Tensor, "batch_or_1 heads_or_1 queries keys"]:
         """The bias for ranges of samples, heads, query positions and keys."""
@@ -102,9 +102,9 @@ class RelativeBias(Bias):
     - clipped (`bidirectional_buckets` None): one entry per offset in ``[−r, r]`` per axis, offsets beyond clipped
       ("Self-Attention with Relative Position Representations", 2018, arXiv 1803.02155); the table has
       ``∏(2 rₐ + 1)`` entries for `max_distance` r, an integer or a tuple with one entry per axis of `grid`.
-    - bucketed (``bidirectional_buckets`` True or False): T5's buckets, exact up close and logarithmic up to `max_distance`
-      ("Exploring the Limits of Transfer Learning", 2019, arXiv 1910.10683), one axis only; False gives keys after the
-      query bucket 0.
+    - bucketed (``bidirectional_buckets`` True or False): T5's buckets, exact up close and logarithmic up to
+      `max_distance` ("Exploring the Limits of Transfer Learning", 2019, arXiv 1910.10683), one axis only; False gives
+      keys after the query bucket 0.
 
     With `grid`, positions are flattened row-major and offsets are taken per axis.
     """
@@ -138,10 +138,16 @@ class RelativeBias(Bias):
             return
         buckets = self.table.shape[-1] // (2 if self.bidirectional_buckets else 1)
         require(
-            self.grid is None and self.table.ndim == 2 and buckets >= 2 and buckets // 2 < self.max_distance,  # pyright: ignore[reportOperatorIssue] one axis: an int
+            isinstance(self.max_distance, int) and self.grid is None and self.table.ndim == 2,
             "RelativeBias",
-            f"table of shape {tuple(self.table.shape)}, max_distance {self.max_distance}, grid {self.grid} with buckets",
-            "buckets need one axis, at least two entries a direction and a max_distance beyond the exact ones",
+            f"buckets with table of shape {tuple(self.table.shape)} and grid {self.grid}",
+            "buckets need one axis and a table (heads, entries)",
+        )
+        require(
+            isinstance(self.max_distance, int) and 2 <= buckets and buckets // 2 < self.max_distance,
+            "RelativeBias",
+            f"{buckets} buckets a direction with max_distance {self.max_distance}",
+            "give at least two, and a max_distance beyond the exact half of them",
         )
 
     def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
@@ -182,7 +188,8 @@ class RelativeBias(Bias):
             base, distance = (offset > 0) * buckets, offset.abs()
         else:
             base, distance = 0, (-offset).clamp(min=0)
+        assert isinstance(self.max_distance, int)
         exact = buckets // 2
-        growth = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)  # pyright: ignore[reportOperatorIssue] one axis: an int
+        growth = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)
         far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
         return base + torch.where(distance < exact, distance, far)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.ops._linear_chunks import causal_linear_attention, compute_dtype, without_autocast
+from regard.ops._linear_chunks import causal_linear_attention, compute_dtype, exact
 from regard.ops.checks import require
 
 
@@ -55,17 +55,16 @@ def linear_attention(
     owner = "linear_attention"
     _check_inputs(owner, query, key, value, log_decay, initial_state, normalize)
     _check_options(owner, query, key, log_decay, causal, initial_state is not None or return_state, chunk_size)
-    with without_autocast(query.device):
-        terms = _with_ones(value) if normalize else value
-        log_decay = None if log_decay is None else log_decay.to(compute_dtype(value))
-        if causal:
-            out, state = causal_linear_attention(query, key, terms, log_decay, initial_state, chunk_size)
-        elif log_decay is None:
-            state = _key_values(key, terms, initial_state)
-            out = _read(query, state)
-        else:
-            out, state = _bidirectional(query, key, terms, log_decay, chunk_size), None
-        out = (_divided(out) if normalize else out).to(value.dtype)
+    terms = _with_ones(value) if normalize else value
+    log_decay = None if log_decay is None else log_decay.to(compute_dtype(value))
+    if causal:
+        out, state = causal_linear_attention(query, key, terms, log_decay, initial_state, chunk_size)
+    elif log_decay is None:
+        state = _key_values(key, terms, initial_state)
+        out = _read(query, state)
+    else:
+        out, state = _bidirectional(query, key, terms, log_decay, chunk_size), None
+    out = (_divided(out) if normalize else out).to(value.dtype)
     return out if state is None or not return_state else (out, state)
 
 
@@ -91,12 +90,11 @@ def linear_attention_step(
         f"query has length {query.shape[2]} and key {key.shape[2]}, a step takes one token",
         "give more to linear_attention(..., initial_state=state, return_state=True)",
     )
-    with without_autocast(query.device):
-        if state is not None and log_decay is not None:
-            state = state * log_decay.to(state.dtype).exp().reshape(-1, key.shape[1], 1, 1)
-        state = _key_values(key, _with_ones(value) if normalize else value, state)
-        out = _read(query, state)
-        return (_divided(out) if normalize else out).to(value.dtype), state
+    if state is not None and log_decay is not None:
+        state = state * log_decay.to(state.dtype).exp().reshape(-1, key.shape[1], 1, 1)
+    new_state = _key_values(key, _with_ones(value) if normalize else value, state)
+    out = _read(query, new_state)
+    return (_divided(out) if normalize else out).to(value.dtype), new_state
 
 
 def _with_ones(value: Tensor) -> Tensor:
@@ -110,16 +108,20 @@ def _divided(out: Tensor) -> Tensor:
     return out[..., :-1] / weight.masked_fill(weight == 0, torch.inf)
 
 
+@exact
 def _key_values(key: Tensor, value: Tensor, state: Tensor | None) -> Tensor:
     precise = compute_dtype(value)
     products = key.to(precise).mT @ value.to(precise)
     return products if state is None else state + products
 
 
+@exact
 def _read(query: Tensor, state: Tensor) -> Tensor:
     """What queries see of the state of their key head: one product per key head, over all its queries."""
-    grouped = query.to(state.dtype).reshape(*state.shape[:2], -1, query.shape[-1])
-    return (grouped @ state).reshape(*query.shape[:-1], -1)
+    heads = state.shape[1]
+    groups = query.shape[1] // heads
+    grouped = query.to(state.dtype).unflatten(1, (heads, groups)).flatten(2, 3)
+    return (grouped @ state).unflatten(2, (groups, -1)).flatten(1, 2)
 
 
 def _bidirectional(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, chunk_size: int) -> Tensor:
@@ -127,7 +129,9 @@ def _bidirectional(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor,
     query, key, value = (tensor.to(compute_dtype(value)) for tensor in (query, key, value))
     past, _ = causal_linear_attention(query, key, value, log_decay, None, chunk_size)
     future, _ = causal_linear_attention(query.flip(2), key.flip(2), value.flip(2), log_decay, None, chunk_size)
-    weight = (query.unflatten(1, (key.shape[1], -1)) * key.unsqueeze(2)).sum(-1, keepdim=True)
+    weight = (query.unflatten(1, (key.shape[1], query.shape[1] // key.shape[1])) * key.unsqueeze(2)).sum(
+        -1, keepdim=True
+    )
     return past + future.flip(2) - (weight * value.unsqueeze(2)).flatten(1, 2)
 
 
@@ -151,7 +155,7 @@ def _check_inputs(
     require(same, owner, shapes, "give key and value the same batch, heads and length")
     same = query.shape[0] == batch and query.shape[3] == head_dim
     require(same, owner, shapes, "give query and key the same batch and width")
-    require(query.shape[1] % heads == 0, owner, shapes, "give query a multiple of key's heads")
+    require(heads > 0 and query.shape[1] % heads == 0, owner, shapes, "give query a multiple of key's heads")
     require(query.shape[2] > 0 and length > 0, owner, shapes, "give at least one token")
     if log_decay is not None:
         fits = log_decay.is_floating_point() and log_decay.shape in ((heads,), (batch, heads, length))

@@ -24,7 +24,8 @@ def rotary(
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """Rotate pairs of features by angles proportional to position, so that ``q_i · k_j`` depends on i − j only.
 
-    Pair p of the features of one axis turns by ``position · base^(−2p / features)`` ("RoFormer", 2021, arXiv 2104.09864).
+    Pair p of the features of one axis turns by ``position · base^(−2p / features)``. From "RoFormer: Enhanced
+    Transformer with Rotary Position Embedding", 2021, arXiv 2104.09864.
 
     Args:
         x: queries or keys.
@@ -33,10 +34,10 @@ def rotary(
         axes: number of axes, 1 to 3.
         rotary_dim: how many leading features turn; the rest passes unchanged. All by default.
         base: the wavelengths run from 2π to ``2π · base``.
-        layout: ``"half"`` pairs feature p with p + half (GPT-NeoX, Llama); ``"interleaved"`` pairs 2p with 2p + 1 (RoFormer).
+        layout: ``"half"`` pairs feature p with p + half (GPT-NeoX, Llama), ``"interleaved"`` 2p with 2p + 1 (RoFormer).
 
-    Angles are computed in at least float32. Raises ValueError for a `rotary_dim` that is not an even number of features per
-    axis, or positions of another shape.
+    Angles are computed in at least float32. Raises ValueError for a `rotary_dim` that is not an even number of features
+    per axis, or positions of another shape.
     """
     one_of("rotary", "layout", layout, ("half", "interleaved"))
     require(axes in (1, 2, 3), "rotary", f"axes {axes}", "give 1, 2 or 3")
@@ -67,9 +68,10 @@ def rotary(
 
 
 def sinusoidal(positions: Int[Tensor, "*shape"], dim: int, *, base: float = 10000.0) -> Float[Tensor, "*shape dim"]:
-    """``sin`` and ``cos`` of ``position · base^(−2p / dim)`` in turn ("Attention Is All You Need", 2017, arXiv 1706.03762).
+    """``sin`` and ``cos`` of ``position · base^(−2p / dim)`` in turn.
 
-    Float32, to be added to embeddings. Raises ValueError for an odd `dim`.
+    From "Attention Is All You Need", 2017, arXiv 1706.03762. Float32, to be added to embeddings. Raises ValueError for
+    an odd `dim`.
     """
     require(dim > 0 and dim % 2 == 0, "sinusoidal", f"dim {dim}", "give a positive even number")
     angles = positions.to(torch.float32)[..., None] * _frequencies(dim, base, torch.float32, positions.device)

@@ -1,4 +1,4 @@
-"""Frozen values (masks, biases, normalizers) that print, compare, hash and travel through operators as their constructor.
+"""Frozen values (masks, biases, normalizers) that print, compare, hash and travel as their constructor.
 
 A custom operator takes tensors and strings only. `flatten` writes a value as its constructor call with the tensors
 numbered, ``And(Causal(), Padding($0))`` and ``[lengths]``; `unflatten` reads it back on the other side.

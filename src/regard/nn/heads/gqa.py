@@ -41,7 +41,8 @@ from regard.ops.checks import require
         permutation="equivariant",
         options=(
             OptionSet({"position": "rotary"}, {"positions": True, "permutation": None}),
-            OptionSet({"position": "alibi", "bias": True}, {"permutation": None}),
+            # A key's bias adds the same to every score of a row, which softmax takes off again.
+            OptionSet({"position": "alibi", "bias": True}, {"permutation": None, "frozen": ("key.bias",)}),
             OptionSet({"position": "relative"}, {"permutation": None}),
             OptionSet({"kv_heads": 1, "head_dim": 6, "dropout": 0.1}),
         ),

@@ -108,6 +108,7 @@ class LightningAttention(Mechanism):
 
     def step(self, x: Float[Tensor, "batch new dim"], state: Tensor) -> tuple[Float[Tensor, "batch new dim"], Tensor]:
         """The outputs of one or more further tokens, and the state after them."""
+        self.check_step(x, self.dim, state.shape[0])
         query, key, value = self._project(x)
         mixed, state = linear_attention(
             query, key, value, log_decay=self.log_decay, initial_state=state, return_state=True

@@ -11,8 +11,8 @@ Cost: time O(n m d), memory O(n d): the tiled engine needs no running maximum or
 
 Differences: n is the number of keys a query may attend, which is the paper's sequence length unless something is
 masked. With a causal mask the paper has one n for all rows; ours lets token i count i + 1, so that decoding step by
-step, padding and packing give what the plain forward gives. ``fixed_bias=-log(n)`` is the paper's constant. The authors'
-release leaves the bias at 0 unless it is set; ``fixed_bias=0.0`` is that.
+step, padding and packing give what the plain forward gives. ``fixed_bias=-log(n)`` is the paper's constant. The
+authors' release leaves the bias at 0 unless it is set; ``fixed_bias=0.0`` is that.
 """
 
 from __future__ import annotations

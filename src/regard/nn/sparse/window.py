@@ -64,7 +64,10 @@ class WindowState:
             OptionSet({"window": 8}),
             OptionSet({"window": 5, "sinks": 2}),
             OptionSet({"window": 6, "position": "rotary"}, {"positions": True}),
-            OptionSet({"window": 1, "kv_heads": 2, "head_dim": 6, "bias": True, "dropout": 0.1}),
+            # A key's bias adds the same to every score of a row, which softmax takes off again.
+            OptionSet(
+                {"window": 3, "kv_heads": 2, "head_dim": 6, "bias": True, "dropout": 0.1}, {"frozen": ("key.bias",)}
+            ),
         ),
     ),
 )
@@ -127,7 +130,7 @@ class WindowAttention(Attention):
         return WindowState(none, none, 0)
 
     def step(self, x: Float[Tensor, "batch new dim"], state: WindowState) -> tuple[Tensor, WindowState]:
-        query, key, value = self.project_step(x, state.length)
+        query, key, value = self.project_step(x, state.length, state.key.shape[0])
         key, value = torch.cat([state.key, key], dim=2), torch.cat([state.value, value], dim=2)
         # What lies between sinks and window is gone, so that aligned at the end every distance in sight is still right.
         mixed = attention(query, key, value, mask=self.full_mask(None))

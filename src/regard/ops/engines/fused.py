@@ -41,9 +41,10 @@ def run(call: Call) -> tuple[Tensor, None]:
             # What SDPA does with an empty row differs between its kernels: give it a full one, and zeros after.
             empty = ~allowed.any(-1, keepdim=True)
             allowed = allowed | empty
-        mask = allowed if bias is None else bias.to(call.query.dtype)
-        if bias is not None and allowed is not None:
-            mask = mask.masked_fill(~allowed, -torch.inf)
+        mask = allowed
+        if bias is not None:
+            mask = bias.to(call.query.dtype)
+            mask = mask if allowed is None else mask.masked_fill(~allowed, -torch.inf)
     out = F.scaled_dot_product_attention(
         call.query,
         call.key,

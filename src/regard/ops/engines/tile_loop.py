@@ -1,7 +1,7 @@
 """The loop of the tiled engine: one call's tensors folded into rows, and how a row of tiles is computed.
 
-Samples and key heads are folded into rows, and the query heads of a key head into the query axis of a tile, so that every
-product is one batched product and no key is copied.
+Samples and key heads are folded into rows, and the query heads of a key head into the query axis of a tile, so that
+every product is one batched product and no key is copied.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def _merge(mixed: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[
 
 
 class _SoftmaxBackward(BackwardTiles):
-    """``dS = P ∘ (dP − δ)`` with ``P = exp(S − lse)`` and δ what a weight's gradient loses to the row's normalisation."""
+    """``dS = P ∘ (dP − δ)`` with ``P = exp(S − lse)``; δ is what the row's normalisation takes from each gradient."""
 
     def __init__(self, loop: SoftmaxLoop, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> None:
         self.loop = loop

@@ -1,11 +1,8 @@
-"""FlashAttention-2's loop over tiles in plain PyTorch ("FlashAttention-2", 2023, arXiv 2307.08691), forward and backward.
+"""FlashAttention-2's loop over tiles (2023, arXiv 2307.08691) in plain PyTorch, forward and backward.
 
 Any mask, bias and tileable normalizer on any device without a compiler. Tiles that the mask empties are skipped, full
 ones never look at it, and keys are walked as views. Extra memory is O(N): one tile of scores at a time. The loop is one
 node for torch.compile and export (``regard::tiled_attention``).
-
-Backward folds the two row statistics into the products, ``[q, −lse] [k, 1]ᵀ`` and ``[dO, −δ] [v, 1]ᵀ``, which leaves two
-elementwise passes over each tile.
 """
 
 from __future__ import annotations
@@ -92,9 +89,7 @@ def tiled_attention_backward(
     train_bias: bool,
 ) -> list[Tensor]:
     with without_autocast(query.device):
-        loop = loop_for(
-            query, key, value, mask_tensors, bias_tensors, seed, mask, bias, normalizer, scale, dropout
-        )
+        loop = loop_for(query, key, value, mask_tensors, bias_tensors, seed, mask, bias, normalizer, scale, dropout)
         return loop.backward(grad_out, grad_lse, out, lse, train_bias)
 
 

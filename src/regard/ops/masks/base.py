@@ -22,7 +22,8 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 class Tiles:
     """How the score matrix of one call is cut: sizes, and the first and last index of each tile.
 
-    Query indices are positions among the keys: unequal lengths align at the end, so query i stands at keys − queries + i.
+    Query indices are positions among the keys: unequal lengths align at the end, and query i stands at
+    ``keys − queries + i``.
     """
 
     batch: int
@@ -80,7 +81,7 @@ class Mask(Value):
     ) -> Bool[Tensor, ...]:
         """Whether the query may look at the key, over index tensors that broadcast together.
 
-        `query` is the position of the query among the keys (see `Tiles`); it is negative for queries before the first key.
+        `query` is the position of the query among the keys (see `Tiles`): negative for queries before the first key.
         """
         raise NotImplementedError(f"{type(self).__name__} must define allows(batch, head, query, key)")
 

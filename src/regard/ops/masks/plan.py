@@ -108,10 +108,10 @@ class Plan:
         self,
         mask: Mask,
         like: Tensor,
-        batch: slice,
-        heads: slice,
-        queries: tuple[int, int],
-        keys: tuple[int, int],
+        batch: Span,
+        heads: Span,
+        queries: Span,
+        keys: Span,
     ) -> Float[Tensor, "batch_or_1 heads_or_1 queries keys"]:
         """The mask of one tile as 0 where allowed and −inf elsewhere; reused along diagonals where it may be."""
         span = (queries[0] + self.tiles.offset, queries[1] + self.tiles.offset)
