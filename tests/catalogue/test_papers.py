@@ -79,9 +79,7 @@ def test_paper_finds_by_key():
 
 
 def test_unknown_key_suggests_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"paper: key 'sigmoid_atention' .* did you mean 'sigmoid_attention'"
-    ):
+    with pytest.raises(ValueError, match=r"paper: key 'sigmoid_atention' .* did you mean 'sigmoid_attention'"):
         paper("sigmoid_atention")
 
 

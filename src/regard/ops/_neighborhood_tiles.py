@@ -22,8 +22,9 @@ from torch import Tensor
 # Fitted to timings on a processor, in multiply-adds: the softmax of one score, copying one number of a box,
 # starting the product of one tile with its box, starting the operations of one region.
 _SCORE_COST, _COPY_COST, _TILE_COST, _REGION_COST = 24, 16, 80_000, 2_000_000
-# Scores held at once. A processor keeps them in its caches; elsewhere few large launches matter more.
-_SCORES_AT_ONCE, _SCORES_AT_ONCE_ELSEWHERE = 2**18, 2**24
+# Scores held at once: by each thread of a processor, so that they stay in its core's cache, or by another device, where
+# few large launches matter more.
+_SCORES_PER_THREAD, _SCORES_ON_DEVICE = 2**17, 2**24
 
 
 def window(
@@ -135,7 +136,8 @@ class Region:
 
     def chunks(self, batch: int, heads: int) -> Iterator[tuple[slice, ...]]:
         """Indices into the views, each choosing the tiles whose scores are held at once."""
-        at_once = _SCORES_AT_ONCE if self.mask.device.type == "cpu" else _SCORES_AT_ONCE_ELSEWHERE
+        on_processor = self.mask.device.type == "cpu"
+        at_once = _SCORES_PER_THREAD * torch.get_num_threads() if on_processor else _SCORES_ON_DEVICE
         room = at_once // (heads * self.mask.numel())
         cuts: list[list[slice]] = []
         for extent in reversed([batch, *(extent for run in self.runs for extent in (run.groups, run.tiles))]):
@@ -175,7 +177,7 @@ def tile_shape(axes: tuple[Axis, ...], samples: int, features: int) -> tuple[int
         tiles, queries, keys, regions = (math.prod(numbers) for numbers in zip(*estimates, strict=True))
         scores = queries * keys
         of_tile = scores * (features + _SCORE_COST) + keys * features * _COPY_COST + _TILE_COST
-        return scores > _SCORES_AT_ONCE, samples * tiles * of_tile + regions * _REGION_COST
+        return scores > _SCORES_PER_THREAD, samples * tiles * of_tile + regions * _REGION_COST
 
     return min(product(*(axis.tile_sizes() for axis in axes)), key=cost)
 

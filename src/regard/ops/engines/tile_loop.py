@@ -112,8 +112,9 @@ class TileLoop(ABC):
             for keys in step.ranges:
                 span = (step.rows, slice(keys.start, keys.stop))
                 weights, grad_scores = tiles.tile(step, keys)
-                grad_value[span].baddbmm_(weights.mT, grad)
-                grad_key[span].baddbmm_(grad_scores.mT, query)
+                # Not baddbmm_: into a strided view it falls apart into one product a row.
+                grad_value[span].add_(self.product("grad value", weights.mT, grad.mT))
+                grad_key[span].add_(self.product("grad key", grad_scores.mT, query.mT))
                 grad_tile.baddbmm_(grad_scores, self.keys_of(self.key, step, keys))
                 if train_bias:
                     self._bias_backward(bias_grads, grad_scores, step, keys)
@@ -257,9 +258,11 @@ class SoftmaxLoop(TileLoop):
         return running
 
     def softmax(self, scores: Tensor, empty: Tensor, keys: KeyRange) -> Tensor:
-        """Softmax over one range of keys, 0 in `empty` rows (there are none where nothing is masked)."""
+        """Softmax over one range of keys, 0 in `empty` rows (none are where part of the range is not masked)."""
         weights = torch.softmax(scores, -1, out=self.scratch("weights", *scores.shape))
-        return weights.masked_fill_(empty, 0.0) if keys.partial or self.bias is not None else weights
+        masked = sum(stop - start for start, stop in keys.partial)
+        may_be_empty = masked == keys.stop - keys.start or self.bias is not None
+        return weights.masked_fill_(empty, 0.0) if may_be_empty else weights
 
     def backward_over(self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> BackwardTiles:
         return _SoftmaxBackward(self, out, lse, grad_out, grad_lse)

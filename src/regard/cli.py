@@ -1,0 +1,244 @@
+"""Floor 5: the command line. It asks the catalogue and prints what it says; it has no logic of its own."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from itertools import groupby
+from typing import Annotated, NoReturn, get_args
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from regard import __version__
+from regard.catalogue import Card, Contract, Paper, Pattern, card, mechanisms, paper, papers
+from regard.catalogue.contract import Input
+
+MECHANISM_COLUMNS = ("key", "summary", "input", "patterns", "state", "map", "source")
+PAPER_COLUMNS = ("key", "what must work", "wave", "room", "source")
+SOURCE_FIELDS = ("key", "title", "year", "arxiv")
+NARROWEST_TABLE = 100
+"""Columns of a terminal below which a table is printed as one block per row."""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """Run the command line; characters the output cannot encode are replaced."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue] both are text streams
+    app(prog_name="regard")
+
+
+@app.callback(invoke_without_command=True)
+def regard(
+    context: typer.Context, show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    """Every attention mechanism in one PyTorch library: what is implemented, what is open, what each promises."""
+    if show_version:
+        typer.echo(f"regard {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("list")
+def list_(
+    implemented: Annotated[
+        bool | None, typer.Option("--implemented/--open", help="Only what works, or only what does not yet.")
+    ] = None,
+    wave: Annotated[int | None, typer.Option(help="Only papers of this wave of work.")] = None,
+    room: Annotated[str | None, typer.Option(help="Only papers of this part of the library, e.g. nn/heads.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Only mechanisms that attend so, e.g. 'causal self'.")] = None,
+    input_: Annotated[str | None, typer.Option("--input", help="Only mechanisms that take this, e.g. tokens.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the mechanisms, then the other papers: those implemented, and those open, by wave.
+
+    Where the output is not a terminal, prints one line per entry, its fields separated by tabs. A mechanism has the
+    fields "mechanism", key, summary, input, patterns, growth of the decoding state, attention map, source; a paper has
+    "implemented" or "open", key, what must work, wave, room, source. A field that says nothing is "-".
+    """
+    _check("--wave", wave, sorted({row.wave for row in papers().values() if row.wave is not None}))
+    _check("--room", room, sorted({row.room for row in papers().values()}))
+    _check("--pattern", pattern, get_args(Pattern))
+    _check("--input", input_, get_args(Input))
+    declared = {name: value for name, value in (("pattern", pattern), ("input", input_)) if value is not None}
+    if declared and implemented is False:
+        _fail("--open with --pattern or --input finds nothing: only an implemented mechanism declares them")
+    wanted = [row for row in papers().values() if wave in (None, row.wave) and room in (None, row.room)]
+    rows = [] if declared else [row for row in wanted if implemented in (None, row.implemented)]
+    cards = [] if implemented is False else [card(key) for key in mechanisms(**declared)]  # pyright: ignore[reportArgumentType] checked above
+    if wave is not None or room is not None:
+        cards = [entry for entry in cards if not set(wanted).isdisjoint(entry.papers)]
+    if as_json:
+        typer.echo(json.dumps({"mechanisms": [*map(_card_record, cards)], "papers": [*map(_paper_record, rows)]}))
+    else:
+        _print_list(_console(), cards, rows)
+
+
+@app.command()
+def show(key: Annotated[str, typer.Argument(help="A mechanism, or a paper of the table.")]) -> None:
+    """Show a mechanism: source, equation, cost, contract, arguments. Or a paper: what must work of it, and where."""
+    console = _console()
+    if key in mechanisms():
+        _show_card(console, card(key))
+    elif key in papers():
+        _show_paper(console, paper(key))
+    else:
+        near = get_close_matches(key, sorted({*mechanisms(), *papers()}))
+        _fail(f"{key!r} is not known; " + (f"did you mean {' or '.join(near)}?" if near else "see `regard list`"))
+
+
+def _check(option: str, value: object, valid: Sequence[object]) -> None:
+    if value is not None and value not in valid:
+        _fail(f"{option} {value!r} is not known; valid values: {', '.join(map(str, valid))}")
+
+
+def _fail(problem: str) -> NoReturn:
+    typer.echo(f"regard: {problem}", err=True)
+    raise typer.Exit(2)
+
+
+def _console() -> Console:
+    """A console that prints text as it stands: papers write [brackets] and :colons: of their own."""
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+def _print_list(console: Console, cards: Sequence[Card], rows: Sequence[Paper]) -> None:
+    shown = {source.key for entry in cards for source in entry.papers}
+    done = [row for row in rows if row.implemented and row.key not in shown]
+    waiting = sorted((row for row in rows if not row.implemented), key=lambda row: row.wave or 0)
+    _print_rows(console, "mechanism", "Mechanisms", MECHANISM_COLUMNS, map(_card_fields, cards))
+    _print_rows(console, "implemented", "Implemented beside them", PAPER_COLUMNS, map(_paper_fields, done))
+    for number, group in groupby(waiting, key=lambda row: row.wave):
+        _print_rows(console, "open", f"Open, wave {number}", PAPER_COLUMNS, map(_paper_fields, group))
+    if console.is_terminal:
+        console.print(f"{len(cards)} mechanisms, {len(done)} papers implemented beside them, {len(waiting)} open")
+
+
+def _print_rows(console: Console, kind: str, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on a terminal, a block per row if it is wide and the terminal is not, tab-separated lines elsewhere."""
+    rows = [*rows]
+    if not console.is_terminal:
+        for row in rows:
+            typer.echo("\t".join((kind, *row)) if kind else "\t".join(row))
+    elif rows and console.width < NARROWEST_TABLE and len(columns) > 3:
+        console.print(title, style="bold")
+        for key, *rest in rows:
+            console.print(f"\n{key}")
+            for name, field in zip(columns[1:], rest, strict=True):
+                console.print(f"  {name}: {field}")
+        console.print()
+    elif rows:
+        table = Table(*columns, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        table.columns[0].no_wrap = True
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _show_card(console: Console, entry: Card) -> None:
+    module = f"{entry.cls.__module__}.{entry.cls.__name__}"
+    sources = [line for source in entry.papers for line in (source.cite(), source.url) if line]
+    _print_text(console, f"{entry.key}: {entry.summary}", module, *sources, "", entry.description, "")
+    contract = [
+        (item.name, _say(getattr(entry.contract, item.name))) for item in fields(Contract) if item.name != "options"
+    ]
+    _print_rows(console, "", "Contract", ("declares", "value"), contract)
+    _print_text(console, "")
+    arguments = [
+        (name, "required" if item.default is item.empty else repr(item.default), _type(item.annotation))
+        for name, item in inspect.signature(entry.cls).parameters.items()
+    ]
+    _print_rows(console, "", "Arguments", ("argument", "default", "type"), arguments)
+    _print_text(console, "")
+    options = [(str(option), _say(option.changes)) for option in entry.option_sets()]
+    _print_rows(console, "", "Proved with", ("option set", "which changes"), options)
+
+
+def _show_paper(console: Console, row: Paper) -> None:
+    known_as = ", ".join(key for key in mechanisms() if row in card(key).papers)
+    _print_text(console, f"{row.key}: {row.cite()}")
+    _print_rows(
+        console,
+        "",
+        "In the papers table",
+        ("field", "value"),
+        [
+            ("state", "implemented" if row.implemented else "open"),
+            ("link", row.url or "-"),
+            ("what must work", row.what or "-"),
+            ("wave", str(row.wave)),
+            ("room", row.room),
+            ("name", row.symbol or "-"),
+            ("implemented by", ", ".join(row.implemented_by) or "-"),
+            ("mechanism", known_as or "-"),
+        ],
+    )
+
+
+def _print_text(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def _short_source(source: Paper) -> str:
+    return " ".join(filter(None, (str(source.year or ""), f"arXiv {source.arxiv}" if source.arxiv else "")))
+
+
+def _card_fields(entry: Card) -> tuple[str, ...]:
+    contract = entry.contract
+    return (
+        entry.key,
+        entry.summary,
+        contract.input,
+        _say(contract.patterns),
+        contract.state or "-",
+        "map" if contract.attention_map else "-",
+        "; ".join(map(_short_source, entry.papers)),
+    )
+
+
+def _paper_fields(row: Paper) -> tuple[str, ...]:
+    return row.key, row.what or row.title, str(row.wave), row.room, _short_source(row) or "-"
+
+
+def _card_record(entry: Card) -> dict[str, object]:
+    contract = entry.contract
+    return {
+        "key": entry.key,
+        "summary": entry.summary,
+        "input": contract.input,
+        "patterns": contract.patterns,
+        "state": contract.state,
+        "attention_map": contract.attention_map,
+        "time": contract.time,
+        "memory": contract.memory,
+        "class": f"{entry.cls.__module__}:{entry.cls.__name__}",
+        "papers": [{name: getattr(source, name) for name in SOURCE_FIELDS} for source in entry.papers],
+    }
+
+
+def _paper_record(row: Paper) -> dict[str, object]:
+    return {name: getattr(row, name) for name in (*SOURCE_FIELDS, "wave", "room", "what", "implemented_by")}
+
+
+def _type(annotation: object) -> str:
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+
+
+def _say(value: object) -> str:
+    """A contract's value in words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={_say(item)}" for name, item in value.items()) or "-"
+    if isinstance(value, tuple):
+        return ", ".join(map(_say, value)) or "-"
+    return "-" if value is None else str(value).removeprefix("torch.")

@@ -1,0 +1,80 @@
+"""Peak memory grows no faster than the declared formula."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from regard.testing.cases import Case
+from regard.testing.compare import weighted_sum
+from regard.testing.proof import proves
+
+
+class Growth(NamedTuple):
+    """From `short` to `long` tokens the peak may grow `slack` times as much as the formula."""
+
+    short: int
+    long: int
+    slack: float
+
+
+# Workspaces that fill only at the longer size count fully there: hence the slack of the first, which finds score
+# matrices cheaply. The second is long enough for workspaces to be full at both ends and finds a mask of bytes.
+_COARSE, _FINE = Growth(512, 2048, 1.4), Growth(1024, 4096, 1.15)
+
+
+@proves()
+def memory_grows_as_declared(case: Case) -> None:
+    """With more tokens the peak grows at most as the formula `memory` says, forward and with backward."""
+    _assert_grows(case, "forward", _forward, _COARSE)
+    _assert_grows(case, "forward and backward", _forward_and_backward, _COARSE)
+    if _cost(case, _FINE.long) < (_FINE.long / _FINE.short) ** 2 * _cost(case, _FINE.short):
+        _assert_grows(case, "forward", _forward, _FINE)
+
+
+def _assert_grows(case: Case, what: str, measure: Callable[[Case, int], int], growth: Growth) -> None:
+    short, long = (measure(case, length) for length in (growth.short, growth.long))
+    declared = _cost(case, growth.long) / _cost(case, growth.short)
+    assert long <= growth.slack * declared * short, (
+        f"{what}: the peak grows {long / short:.1f} times ({short} to {long} bytes) from {growth.short} to "
+        f"{growth.long} tokens; memory={case.contract.memory!r} allows {declared:.1f} times {growth.slack}"
+    )
+
+
+def _cost(case: Case, length: int) -> float:
+    n = prod(case.lengths(length))
+    return case.contract.cost("memory", **{**case.integers(), "n": n, "m": n})
+
+
+def _forward(case: Case, length: int) -> int:
+    with torch.no_grad():
+        return _measure(case, length, lambda out: None)
+
+
+def _forward_and_backward(case: Case, length: int) -> int:
+    return _measure(case, length, lambda out: weighted_sum(out).backward())
+
+
+def _measure(case: Case, length: int, then: Callable[[torch.Tensor], None]) -> int:
+    dtype = torch.float32 if torch.float32 in case.contract.dtypes else case.dtype
+    module, sizes = case.build({"dtype": dtype}), case.lengths(length)
+    keys = prod(sizes) if case.cross else None
+    inputs = case.inputs(sizes, batch=1, context_length=keys, dtype=dtype).with_gradients()
+    return peak_bytes(lambda: then(case.run(module, inputs)))
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most memory a call holds beyond what is there before it, by torch's own allocator events (CPU)."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess] it has run
+        if event.name() == "[memory]":
+            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue] missing in the stubs
+            peak = max(peak, held)
+    return peak
