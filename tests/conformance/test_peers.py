@@ -49,7 +49,16 @@ class Peer(nn.Module):
         return torch.cat(outputs, dim=1), state
 
 
-CONTRACT = Contract(input="tokens", patterns=("causal self",), memory="n*m", padding=True, step=True, state="linear")
+CONTRACT = Contract(
+    input="tokens",
+    patterns=("causal self",),
+    memory="n*m",
+    padding=True,
+    step=True,
+    state="linear",
+    # Its softmax is float32 whatever it is given.
+    dtypes=(torch.float32,),
+)
 
 
 @declares(CONTRACT)

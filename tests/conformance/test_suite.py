@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from correct import CONTRACT, Correct, declares
-from torch import nn
+from torch import Tensor, nn
 
 from regard.catalogue import Contract, OptionSet, mechanisms
 from regard.ops.attention import attention_weights
+from regard.ops.checks import require
 from regard.testing import CHECKS, cases, check
 from regard.testing.checks.decoding import state_bytes
 from regard.testing.checks.memory import peak_bytes
@@ -21,6 +23,21 @@ from regard.testing.checks.memory import peak_bytes
 @declares(replace(CONTRACT, options=(OptionSet({"heads": 2}, {"permutation": None}),)))
 class WithOptions(Correct):
     """Two option sets."""
+
+
+@declares(Contract(input="feature_map", memory="n*d", permutation="equivariant"))
+class Gate(nn.Module):
+    """A gate over feature maps without parameters: every channel by its own mean."""
+
+    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        require(dim > 0, "Gate", f"dim {dim}", "give a positive width")
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = f"x of shape {tuple(x.shape)} and dtype {x.dtype}"
+        require(x.ndim == 4 and x.shape[1] == self.dim and x.is_floating_point(), "Gate", given, "give (B, C, H, W)")
+        return x * x.mean((2, 3), keepdim=True).sigmoid()
 
 
 class Unregistered(nn.Module):
@@ -34,6 +51,10 @@ def test_cases_are_option_sets_times_patterns_with_readable_names() -> None:
         "WithOptions(heads=2) noncausal self",
         "WithOptions(heads=2) causal self",
     ]
+
+
+def test_a_gate_without_parameters_passes_everything() -> None:
+    check(Gate).raise_for_failures()
 
 
 def test_grids_are_proved_for_every_number_of_axes() -> None:

@@ -7,12 +7,13 @@ the others again, so that memory beyond inputs and outputs is a small fraction o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from torch import Tensor
+
+from regard.ops.precision import exact, statistics_dtype
 
 # Chunks are computed together until their queries have this many elements: enough work per call, few enough for
 # the cache.
@@ -20,24 +21,6 @@ _ELEMENTS_PER_STEP = 2**17
 _CHUNKS_PER_CHECKPOINT = 16
 # exp(-_VANISHES) is zero in every dtype.
 _VANISHES = 1e4
-
-
-def exact(function: Callable) -> Callable:
-    """Without autocast, which would round the float32 inside to half. Where it is off, exported graphs show nothing."""
-
-    @wraps(function)
-    def outside_autocast(first: Tensor, *arguments):
-        device = first.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return function(first, *arguments)
-        return function(first, *arguments)
-
-    return outside_autocast
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def causal_linear_attention(
@@ -200,7 +183,7 @@ def _forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Output, and the state before each segment and after the last."""
-    chunks = _Chunks(query, key, log_decay, compute_dtype(value), chunk_size)
+    chunks = _Chunks(query, key, log_decay, statistics_dtype(value.dtype), chunk_size)
     out, checkpoints = _empty_outputs(query, key, value, log_decay, initial_state, chunk_size)
     checkpoints[0] = 0 if initial_state is None else initial_state
     for segment, state, checkpoint in zip(chunks.segments(), checkpoints[:-1], checkpoints[1:], strict=True):
@@ -221,7 +204,7 @@ def _empty_outputs(query, key, value, log_decay, initial_state, chunk_size):
     segments = -(-length // (chunk_size * _CHUNKS_PER_CHECKPOINT))
     out = value.new_empty(batch, query.shape[1], length, value.shape[3])
     states = (segments + 1, batch, heads, head_dim, value.shape[3])
-    return out, value.new_empty(states, dtype=compute_dtype(value))
+    return out, value.new_empty(states, dtype=statistics_dtype(value.dtype))
 
 
 @torch.library.custom_op("regard::linear_attention_backward", mutates_args=())
@@ -238,7 +221,7 @@ def _backward(
     with_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, initial state and, per token and only if `with_decay`, log-decay."""
-    chunks = _Chunks(query, key, log_decay, compute_dtype(value), chunk_size)
+    chunks = _Chunks(query, key, log_decay, statistics_dtype(value.dtype), chunk_size)
     grads = _empty_gradients(grad_out, grad_state, query, key, value, log_decay, checkpoints, chunk_size, with_decay)
     for segment, state in zip(reversed(chunks.segments()), reversed(checkpoints[:-1].unbind()), strict=True):
         kept = []

@@ -11,13 +11,46 @@ Constant Speed" (Qin et al., 2024, arXiv 2401.04658 and 2405.17381). `_linear_ch
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.ops._linear_chunks import causal_linear_attention, compute_dtype, exact
+from regard.ops._linear_chunks import causal_linear_attention
 from regard.ops.checks import require
+from regard.ops.precision import exact, statistics_dtype
+
+
+@overload
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = ...,
+    log_decay: Tensor | None = ...,
+    normalize: bool = ...,
+    chunk_size: int = ...,
+    initial_state: Tensor | None = ...,
+    return_state: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = ...,
+    log_decay: Tensor | None = ...,
+    normalize: bool = ...,
+    chunk_size: int = ...,
+    initial_state: Tensor | None = ...,
+    return_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_attention(
@@ -56,7 +89,7 @@ def linear_attention(
     _check_inputs(owner, query, key, value, log_decay, initial_state, normalize)
     _check_options(owner, query, key, log_decay, causal, initial_state is not None or return_state, chunk_size)
     terms = _with_ones(value) if normalize else value
-    log_decay = None if log_decay is None else log_decay.to(compute_dtype(value))
+    log_decay = None if log_decay is None else log_decay.to(statistics_dtype(value.dtype))
     if causal:
         out, state = causal_linear_attention(query, key, terms, log_decay, initial_state, chunk_size)
     elif log_decay is None:
@@ -99,7 +132,7 @@ def linear_attention_step(
 
 def _with_ones(value: Tensor) -> Tensor:
     """A last column of ones makes the normaliser one more value; state and gradients need nothing else."""
-    return F.pad(value.to(compute_dtype(value)), (0, 1), value=1.0)
+    return F.pad(value.to(statistics_dtype(value.dtype)), (0, 1), value=1.0)
 
 
 def _divided(out: Tensor) -> Tensor:
@@ -110,7 +143,7 @@ def _divided(out: Tensor) -> Tensor:
 
 @exact
 def _key_values(key: Tensor, value: Tensor, state: Tensor | None) -> Tensor:
-    precise = compute_dtype(value)
+    precise = statistics_dtype(value.dtype)
     products = key.to(precise).mT @ value.to(precise)
     return products if state is None else state + products
 
@@ -126,7 +159,7 @@ def _read(query: Tensor, state: Tensor) -> Tensor:
 
 def _bidirectional(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, chunk_size: int) -> Tensor:
     """A causal pass each way; both count the token itself, so it is taken off once."""
-    query, key, value = (tensor.to(compute_dtype(value)) for tensor in (query, key, value))
+    query, key, value = (tensor.to(statistics_dtype(value.dtype)) for tensor in (query, key, value))
     past, _ = causal_linear_attention(query, key, value, log_decay, None, chunk_size)
     future, _ = causal_linear_attention(query.flip(2), key.flip(2), value.flip(2), log_decay, None, chunk_size)
     weight = (query.unflatten(1, (key.shape[1], query.shape[1] // key.shape[1])) * key.unsqueeze(2)).sum(
@@ -162,7 +195,7 @@ def _check_inputs(
         given = f"log_decay is {log_decay.dtype} of shape {tuple(log_decay.shape)}"
         require(fits, owner, given, f"give floats of shape {(heads,)} or {(batch, heads, length)}")
     if state is not None:
-        shape, dtype = (batch, heads, head_dim, value.shape[3] + normalize), compute_dtype(value)
+        shape, dtype = (batch, heads, head_dim, value.shape[3] + normalize), statistics_dtype(value.dtype)
         given = f"the state is {state.dtype} of shape {tuple(state.shape)} with normalize={normalize}"
         require(state.shape == shape and state.dtype == dtype, owner, given, f"give {dtype} of shape {shape}")
 

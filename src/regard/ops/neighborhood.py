@@ -20,6 +20,7 @@ from torch import Tensor
 
 from regard.ops._neighborhood_tiles import Axis, Region, regions, tile_shape, window
 from regard.ops.checks import require
+from regard.ops.precision import exact, statistics_dtype
 
 _OWNER = "neighborhood_attention"
 
@@ -89,6 +90,7 @@ def attends(
 
 
 @torch.library.custom_op("regard::neighborhood_attention", mutates_args=())
+@exact
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -100,7 +102,7 @@ def _forward(
     is_causal: list[bool],
     scale: float,
 ) -> Tensor:
-    out, dtype = _new(query, value.shape[-1]), _computing_dtype(query)
+    out, dtype = _new(query, value.shape[-1]), statistics_dtype(query.dtype)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     for region in _regions(query, value, kernel_size, dilation, stride, is_causal):
         q_tiles, k_boxes, v_boxes = region.query_tiles(query), region.key_boxes(key), region.key_boxes(value)
@@ -120,6 +122,7 @@ def _(query, key, value, bias, kernel_size, dilation, stride, is_causal, scale):
 
 
 @torch.library.custom_op("regard::neighborhood_attention_backward", mutates_args=())
+@exact
 def _backward(
     grad: Tensor,
     query: Tensor,
@@ -132,7 +135,7 @@ def _backward(
     is_causal: list[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given, dtype = query.dtype, _computing_dtype(query)
+    given, dtype = query.dtype, statistics_dtype(query.dtype)
     grad, query, key, value = grad.to(dtype), query.to(dtype), key.to(dtype), value.to(dtype)
     query_grad, key_grad, value_grad = _new(query), _new(key).zero_(), _new(value).zero_()
     bias_grad = query.new_zeros(0 if bias is None else bias[0].numel(), query.shape[1])
@@ -159,7 +162,9 @@ def _backward(
 
 @_backward.register_fake
 def _(grad, query, key, value, bias, kernel_size, dilation, stride, is_causal, scale):
-    bias_grad = query.new_empty(query.shape[1], 0 if bias is None else bias[0].numel(), dtype=_computing_dtype(query))
+    bias_grad = query.new_empty(
+        query.shape[1], 0 if bias is None else bias[0].numel(), dtype=statistics_dtype(query.dtype)
+    )
     return _new(query), _new(key), _new(value), bias_grad
 
 
@@ -217,10 +222,6 @@ def _add(pieces: list[tuple[Tensor, tuple]], chunk: tuple[slice, ...], boxes: Te
 def _new(x: Tensor, features: int | None = None) -> Tensor:
     """Uninitialised and contiguous, like `x` but for the number of features."""
     return x.new_empty(*x.shape[:-1], x.shape[-1] if features is None else features)
-
-
-def _computing_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,3 +21,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def exact(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for a function whose first argument is a tensor: it runs without autocast."""
+
+    @wraps(operator)
+    def outside_autocast(first: Tensor, *arguments: Any) -> Any:
+        with without_autocast(first.device):
+            return operator(first, *arguments)
+
+    return outside_autocast

@@ -13,7 +13,7 @@ from torch import Tensor
 from regard.ops.dropout import draw_seed
 from regard.ops.engines.call import Call
 from regard.ops.engines.tile_loop import loop_for
-from regard.ops.precision import statistics_dtype, without_autocast
+from regard.ops.precision import exact, statistics_dtype
 
 
 def refuses(call: Call) -> str | None:
@@ -44,6 +44,7 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("regard::tiled_attention", mutates_args=())
+@exact
 def tiled_attention(
     query: Tensor,
     key: Tensor,
@@ -57,10 +58,9 @@ def tiled_attention(
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    with without_autocast(query.device):
-        return loop_for(
-            query, key, value, mask_tensors, bias_tensors, seed, mask, bias, normalizer, scale, dropout
-        ).forward()
+    return loop_for(
+        query, key, value, mask_tensors, bias_tensors, seed, mask, bias, normalizer, scale, dropout
+    ).forward()
 
 
 @tiled_attention.register_fake
@@ -70,6 +70,7 @@ def _(query, key, value, *arguments):
 
 
 @torch.library.custom_op("regard::tiled_attention_backward", mutates_args=())
+@exact
 def tiled_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -88,9 +89,8 @@ def tiled_attention_backward(
     dropout: float,
     train_bias: bool,
 ) -> list[Tensor]:
-    with without_autocast(query.device):
-        loop = loop_for(query, key, value, mask_tensors, bias_tensors, seed, mask, bias, normalizer, scale, dropout)
-        return loop.backward(grad_out, grad_lse, out, lse, train_bias)
+    loop = loop_for(query, key, value, mask_tensors, bias_tensors, seed, mask, bias, normalizer, scale, dropout)
+    return loop.backward(grad_out, grad_lse, out, lse, train_bias)
 
 
 @tiled_attention_backward.register_fake
