@@ -66,14 +66,15 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def continue_(self, prompt: bytes, length: int) -> str:
-        """Greedy decoding, one byte at a time through every mechanism's own state."""
+        """Sampling, one byte at a time through every mechanism's own state."""
         states = [block.mixer.init_state(1) for block in self.blocks]
         tokens, written = torch.tensor([list(prompt)]), b""
         for _ in range(length):
             x = self.embedding(tokens)
             for index, block in enumerate(self.blocks):
                 x, states[index] = block.step(x, states[index])
-            tokens = self.head(self.norm(x[:, -1:])).argmax(-1)
+            logits = self.head(self.norm(x[:, -1])) / 0.7
+            tokens = torch.multinomial(logits.softmax(-1), 1)
             written += bytes([int(tokens)])
         return written.decode("utf-8", errors="replace")
 
@@ -117,7 +118,7 @@ def train(key: str, options: dict[str, object], steps: int) -> tuple[LanguageMod
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150, help="training steps for each mechanism")
+    parser.add_argument("--steps", type=int, default=250, help="training steps for each mechanism")
     steps = parser.parse_args().steps
     table = Table(title=f"{steps} steps on Python's standard library, {LAYERS} layers, dim {DIM}")
     for column in ("mechanism", "parameters", "bits per byte", "seconds", "'def ' goes on with"):

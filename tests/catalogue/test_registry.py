@@ -33,8 +33,13 @@ def test_mechanisms_filters_by_what_is_declared():
     assert {"lightning", "window"} <= set(constant)
     assert "multi_head" not in constant
     assert "eca" in regard.mechanisms(input="feature_map")
-    with pytest.raises(ValueError, match="did you mean 'state'"):
-        regard.mechanisms(stat="constant")
+    for wrong, right in (
+        ({"stat": "constant"}, "state"),
+        ({"pattern": "causal"}, "causal self"),
+        ({"input": "token"}, "tokens"),
+    ):
+        with pytest.raises(ValueError, match=f"did you mean '{right}'"):
+            regard.mechanisms(**wrong)
 
 
 def test_a_pattern_that_is_not_declared_is_refused():

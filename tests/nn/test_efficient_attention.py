@@ -128,3 +128,17 @@ def test_bad_sizes_are_named(arguments: dict[str, int], message: str) -> None:
 def test_map_with_the_residual_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_map with residual=True.*residual=False"):
         EfficientAttention(8).attention_map(tokens(1, 4, 8))
+
+
+def test_scaling_is_dot_product_attention_without_softmax():
+    layer = EfficientAttention(12, heads=2, normalization="scaling", residual=False, dtype=torch.float64)
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+
+    def heads(tensor):
+        return tensor.unflatten(-1, (2, 6)).transpose(1, 2)
+
+    query, key, value = (heads(projection(x)) for projection in (layer.query, layer.key, layer.value))
+    dense = layer.output((query @ key.mT @ value / 9).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x), dense, rtol=1e-10, atol=1e-10)
+    padded = layer(x, mask=Padding(torch.tensor([9, 4])))
+    torch.testing.assert_close(padded[1:, :4], layer(x[1:, :4]), rtol=1e-10, atol=1e-10)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from torch import nn
 
-from regard.catalogue.contract import Contract, OptionSet, Pattern
+from regard.catalogue.contract import Contract, Input, OptionSet, Pattern
 from regard.catalogue.papers import Paper, paper
 from regard.ops.checks import one_of, require
 
@@ -124,6 +124,9 @@ def mechanisms(*, pattern: Pattern | None = None, **declared: object) -> list[st
     known = [item.name for item in fields(Contract)]
     for name in declared:
         one_of("mechanisms", "filter", name, known)
+    for name, value, valid in (("pattern", pattern, Pattern), ("input", declared.get("input"), Input)):
+        if value is not None:
+            one_of("mechanisms", name, value, get_args(valid))
     return sorted(
         key
         for key, entry in _cards.items()

@@ -51,7 +51,7 @@ class WindowState:
     contract=Contract(
         input="tokens",
         patterns=("noncausal self", "causal self"),
-        time="n*min(n, window+256)*d",
+        time="n*min(n, window+sinks)*d",
         memory="n*d",
         padding=True,
         packed=True,

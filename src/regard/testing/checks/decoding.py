@@ -79,14 +79,21 @@ def state_grows_as_declared(case: Case) -> None:
     """The bytes a state keeps alive do not grow (constant), or grow in proportion to the tokens (linear)."""
     module: Any = case.build()
     if case.contract.state == "constant":
+        full = _window_bound(case)
         for name, segment in {"in pieces of 128": 128, "in one piece": None}.items():
-            some, many = (_bytes_after(case, module, tokens, segment or tokens) for tokens in (512, 1024))
-            assert many <= some, f"declared constant, but {some} bytes after 512 tokens {name} and {many} after 1024"
+            some, many = (_bytes_after(case, module, tokens, segment or tokens) for tokens in (full, 2 * full))
+            what = f"{some} bytes after {full} tokens {name} and {many} after {2 * full}"
+            assert many <= some, f"declared constant, but {what}"
         return
     few, many = (_bytes_after(case, module, tokens, 128) for tokens in (128, 1024))
     # Eight times the tokens, and a capacity that doubles when full may be up to twice what is used.
     assert many <= 16 * few, f"declared linear, but {few} bytes after 128 tokens and {many} after 1024"
     assert many > few, f"declared linear, but {few} bytes after 128 tokens and {many} after 1024: declare it constant"
+
+
+def _window_bound(case: Case) -> int:
+    """Tokens after which a window given by integer arguments is full: a multiple of 128, from 512 to 2048."""
+    return min(2048, max(512, -(-sum(case.integers().values()) // 128) * 128))
 
 
 def _bytes_after(case: Case, module: Any, tokens: int, segment: int) -> int:
