@@ -72,6 +72,7 @@ def test_a_key_is_taken_once():
         ({"input": "tokens", "step": True}, "state=None"),
         ({"input": "tokens", "step": True, "state": "constant"}, "causal self"),
         ({"input": "grid"}, "how many axes"),
+        ({"input": "feature_map", "padding": True}, "tokens only"),
     ],
 )
 def test_a_contract_that_contradicts_itself_is_refused(fields, message):

@@ -37,12 +37,15 @@ class Contract:
     Fields:
         input: ``tokens`` (B, N, C), ``grid`` (B, *grid, C) or ``feature_map`` (B, C, H, W).
         patterns: the attention patterns it has; empty for gates over feature maps. A causal pattern is built with
-            ``causal=True`` where the constructor has that argument.
+            ``causal=True`` where the constructor has that argument; on a grid it goes by row-major order.
         time, memory: floating-point operations of a forward, and elements allocated beyond input, output and
             parameters, up to a constant factor: formulas in ``n`` (queries), ``m`` (keys), ``d`` (width), ``h`` (heads)
             and the integer constructor arguments by name.
-        padding: `forward` takes a ``Padding`` mask, and what stands beyond a length changes nothing before it.
-        packed: `forward` takes ``Segments``; several sequences in one row give what each gives alone.
+        padding: `forward` takes a ``Padding`` mask; what stands beyond a length changes nothing before it, and a padded
+            sequence gives what it gives alone.
+        packed: `forward` takes ``Segments``; several sequences in one row give what each gives alone. (In
+            cross-attention that is causal or has positions, queries stand at the end of the whole context, so that
+            padding and packing promise isolation only.)
         any_mask: `forward` takes every mask expression (which includes the two above).
         positions: `forward` takes ``positions``.
         step: has ``init_state(batch)`` and ``step(x, state) -> (y, state)`` for further tokens (causal self).
@@ -100,6 +103,14 @@ class Contract:
             f"input {self.input!r} with grid_dims {self.grid_dims}",
             "grid mechanisms, and only they, say how many axes they take",
         )
+
+        for name in ("padding", "packed", "any_mask", "positions", "step"):
+            require(
+                self.input == "tokens" or not getattr(self, name),
+                "Contract",
+                f"{name} declared for input {self.input!r}",
+                "it means something for tokens only",
+            )
 
     def under(self, option_set: OptionSet) -> Contract:
         """The contract that holds when the mechanism is built with `option_set`."""

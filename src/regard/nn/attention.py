@@ -172,6 +172,12 @@ class Attention(Mechanism):
         """Checked arguments as query, key and value heads, with positions applied."""
         self.check_tokens(x, context, mask, positions, takes_positions=self.position == "rotary")
         self.check_width(x, self.dim)
+        require(
+            context is not None or self.context_dim == self.dim,
+            self._name,
+            f"no context, built with context_dim {self.context_dim} beside dim {self.dim}",
+            "give a context, or build without context_dim",
+        )
         source = x if context is None else context
         self.check_width(source, self.context_dim, name="x" if context is None else "context")
         query, key, value = self.split(x, source)

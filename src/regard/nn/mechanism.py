@@ -36,7 +36,7 @@ class Mechanism(nn.Module):
             x.shape[axis] == width,
             self._name,
             f"{name} has width {x.shape[axis]} (shape {tuple(x.shape)}), built for {width}",
-            f"give width {width} or build with dim={x.shape[axis]}",
+            f"give width {width}, or build for {x.shape[axis]}",
         )
 
     def check_tokens(

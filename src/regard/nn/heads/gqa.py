@@ -19,7 +19,7 @@ from einops import reduce
 
 from regard.catalogue import Contract, OptionSet, register
 from regard.nn.attention import Attention, Position
-from regard.nn.heads.multi_head import SELF_AND_CROSS, MultiHeadAttention
+from regard.nn.heads.multi_head import ONLY_CROSS, SELF_AND_CROSS, MultiHeadAttention
 from regard.ops.checks import require
 
 
@@ -45,6 +45,7 @@ from regard.ops.checks import require
             OptionSet({"position": "alibi", "bias": True}, {"permutation": None, "frozen": ("key.bias",)}),
             OptionSet({"position": "relative"}, {"permutation": None}),
             OptionSet({"kv_heads": 1, "head_dim": 6, "dropout": 0.1}),
+            OptionSet({"context_dim": 24}, ONLY_CROSS),
         ),
     ),
 )

@@ -14,7 +14,7 @@ import torch
 
 from regard.catalogue import Contract, OptionSet, register
 from regard.nn.attention import Attention, Position
-from regard.nn.heads.multi_head import SELF_AND_CROSS
+from regard.nn.heads.multi_head import ONLY_CROSS, SELF_AND_CROSS
 
 
 @register(
@@ -39,6 +39,7 @@ from regard.nn.heads.multi_head import SELF_AND_CROSS
             OptionSet({"position": "alibi", "bias": True}, {"permutation": None, "frozen": ("key.bias",)}),
             OptionSet({"position": "relative"}, {"permutation": None}),
             OptionSet({"head_dim": 6, "dropout": 0.1}),
+            OptionSet({"context_dim": 24}, ONLY_CROSS),
         ),
     ),
 )

@@ -17,6 +17,8 @@ from regard.catalogue import Contract, OptionSet, Paper, register
 from regard.nn.attention import Attention, Position
 
 SELF_AND_CROSS = ("noncausal self", "causal self", "noncausal cross", "causal cross")
+ONLY_CROSS = {"patterns": ("noncausal cross", "causal cross"), "step": False, "state": None}
+"""What changes when keys have a width of their own."""
 
 
 @register(
@@ -41,6 +43,7 @@ SELF_AND_CROSS = ("noncausal self", "causal self", "noncausal cross", "causal cr
             # A key's bias adds the same to every score of a row, which softmax takes off again.
             OptionSet({"position": "relative", "bias": True}, {"permutation": None, "frozen": ("key.bias",)}),
             OptionSet({"head_dim": 6, "dropout": 0.1}),
+            OptionSet({"context_dim": 24}, ONLY_CROSS),
         ),
     ),
 )
