@@ -13,7 +13,8 @@ from torch import Tensor
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Scores, their statistics and running states are at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    # Not torch.promote_types, which would stand in exported graphs.
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
