@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from regard.ops.checks import one_of, require
+from regard.ops.precision import statistics_dtype
 
 Layout = Literal["half", "interleaved"]
 
@@ -56,7 +57,7 @@ def rotary(
         f"positions of shape {tuple(positions.shape)}",
         f"give {shape} or {(batch, *shape)}",
     )
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = statistics_dtype(x.dtype)
     places = positions[..., None] if axes == 1 else positions
     angles = places.to(dtype)[..., None] * _frequencies(turned // axes, base, dtype, x.device)
     angles = angles.unsqueeze(1) if angles.ndim == 4 else angles  # the head axis, when there is a batch axis

@@ -30,6 +30,7 @@ from regard.ops.checks import one_of, require
 from regard.ops.linear import linear_attention
 from regard.ops.masks import Padding
 from regard.ops.normalizers import Softmax
+from regard.ops.precision import statistics_dtype
 
 
 @register(
@@ -150,7 +151,7 @@ class EfficientAttention(Mechanism):
 
     def split(self, projected: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch heads length head_width"]:
         """Heads, in the type the softmaxes and sums are computed in."""
-        precise = torch.promote_types(projected.dtype, torch.float32)
+        precise = statistics_dtype(projected.dtype)
         pattern = "batch length (heads width) -> batch heads length width"
         return rearrange(projected.to(precise), pattern, heads=self.heads)
 

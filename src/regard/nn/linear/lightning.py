@@ -27,6 +27,7 @@ from regard.ops.biases import Alibi
 from regard.ops.checks import require
 from regard.ops.linear import linear_attention
 from regard.ops.masks import Mask, Padding, Segments
+from regard.ops.precision import statistics_dtype
 
 
 @register(
@@ -103,7 +104,7 @@ class LightningAttention(Mechanism):
     def init_state(self, batch: int) -> Float[Tensor, "batch heads head_dim head_dim"]:
         """The state before the first token: zeros, at least float32."""
         weight = self.key.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = statistics_dtype(weight.dtype)
         return torch.zeros(batch, self.heads, self.head_dim, self.head_dim, device=weight.device, dtype=dtype)
 
     def step(self, x: Float[Tensor, "batch new dim"], state: Tensor) -> tuple[Float[Tensor, "batch new dim"], Tensor]:

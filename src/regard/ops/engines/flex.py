@@ -48,7 +48,10 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         # On CPU it refuses what requires grad even under no_grad.
         tensors = tuple(tensor.detach() for tensor in tensors)
     if call.needs_lse:
-        return _compiled()(*tensors, return_lse=True, **arguments)
+        from torch.nn.attention.flex_attention import AuxRequest
+
+        out, more = _compiled()(*tensors, return_aux=AuxRequest(lse=True), **arguments)
+        return out, more.lse
     return _compiled()(*tensors, **arguments), None
 
 
