@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from regard.catalogue import Contract, OptionSet
 from regard.nn.mechanism import Mechanism, head_width
 from regard.ops.attention import attention, attention_weights
 from regard.ops.biases import Alibi, Bias, RelativeBias
@@ -22,6 +23,28 @@ from regard.ops.normalizers import Normalizer
 from regard.ops.positions import rotary
 
 Position = Literal["rotary", "alibi", "relative"]
+
+ATTENTION = Contract(
+    input="tokens",
+    patterns=("noncausal self", "causal self", "noncausal cross", "causal cross"),
+    time="n*m*d",
+    memory="(n+m)*d",
+    padding=True,
+    packed=True,
+    any_mask=True,
+    step=True,
+    state="linear",
+    attention_map=True,
+    exact=True,
+    permutation="equivariant",
+)
+"""What the whole grammar can do; a mechanism of it replaces what it changes."""
+
+ROTARY = OptionSet({"position": "rotary"}, {"positions": True, "permutation": None})
+ALIBI = OptionSet({"position": "alibi"}, {"permutation": None})
+# A key's bias adds the same to every score of a row, which softmax takes off again.
+RELATIVE = OptionSet({"position": "relative", "bias": True}, {"permutation": None, "frozen": ("key.bias",)})
+CROSS = OptionSet({"context_dim": 24}, {"patterns": ("noncausal cross", "causal cross"), "step": False, "state": None})
 
 BUCKETS, BUCKETED_DISTANCE = 32, 128
 """T5's relative buckets and the distance beyond which they no longer grow."""

@@ -14,39 +14,22 @@ Differences: none. Positions other than none are options the paper does not disc
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from einops import reduce
 
-from regard.catalogue import Contract, OptionSet, register
-from regard.nn.attention import Attention, Position
-from regard.nn.heads.multi_head import ONLY_CROSS, SELF_AND_CROSS, MultiHeadAttention
+from regard.catalogue import OptionSet, register
+from regard.nn.attention import ALIBI, ATTENTION, CROSS, RELATIVE, ROTARY, Attention, Position
+from regard.nn.heads.multi_head import MultiHeadAttention
 from regard.ops.checks import require
 
 
 @register(
     "gqa",
     paper="gqa",
-    contract=Contract(
-        input="tokens",
-        patterns=SELF_AND_CROSS,
-        time="n*m*d",
-        memory="(n+m)*d",
-        padding=True,
-        packed=True,
-        any_mask=True,
-        step=True,
-        state="linear",
-        attention_map=True,
-        exact=True,
-        permutation="equivariant",
-        options=(
-            OptionSet({"position": "rotary"}, {"positions": True, "permutation": None}),
-            # A key's bias adds the same to every score of a row, which softmax takes off again.
-            OptionSet({"position": "alibi", "bias": True}, {"permutation": None, "frozen": ("key.bias",)}),
-            OptionSet({"position": "relative"}, {"permutation": None}),
-            OptionSet({"kv_heads": 1, "head_dim": 6, "dropout": 0.1}),
-            OptionSet({"context_dim": 24}, ONLY_CROSS),
-        ),
+    contract=replace(
+        ATTENTION, options=(ROTARY, ALIBI, RELATIVE, CROSS, OptionSet({"kv_heads": 1, "head_dim": 6, "dropout": 0.1}))
     ),
 )
 class GroupedQueryAttention(Attention):

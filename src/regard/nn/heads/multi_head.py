@@ -11,41 +11,18 @@ relative (T5) positions are options, where the paper adds sinusoids to the input
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from regard.catalogue import Contract, OptionSet, Paper, register
-from regard.nn.attention import Attention, Position
-
-SELF_AND_CROSS = ("noncausal self", "causal self", "noncausal cross", "causal cross")
-ONLY_CROSS = {"patterns": ("noncausal cross", "causal cross"), "step": False, "state": None}
-"""What changes when keys have a width of their own."""
+from regard.catalogue import OptionSet, Paper, register
+from regard.nn.attention import ALIBI, ATTENTION, CROSS, RELATIVE, ROTARY, Attention, Position
 
 
 @register(
     "multi_head",
     paper=Paper(key="multi_head", title="Attention Is All You Need", year=2017, arxiv="1706.03762"),
-    contract=Contract(
-        input="tokens",
-        patterns=SELF_AND_CROSS,
-        time="n*m*d",
-        memory="(n+m)*d",
-        padding=True,
-        packed=True,
-        any_mask=True,
-        step=True,
-        state="linear",
-        attention_map=True,
-        exact=True,
-        permutation="equivariant",
-        options=(
-            OptionSet({"position": "rotary"}, {"positions": True, "permutation": None}),
-            OptionSet({"position": "alibi"}, {"permutation": None}),
-            # A key's bias adds the same to every score of a row, which softmax takes off again.
-            OptionSet({"position": "relative", "bias": True}, {"permutation": None, "frozen": ("key.bias",)}),
-            OptionSet({"head_dim": 6, "dropout": 0.1}),
-            OptionSet({"context_dim": 24}, ONLY_CROSS),
-        ),
-    ),
+    contract=replace(ATTENTION, options=(ROTARY, ALIBI, RELATIVE, CROSS, OptionSet({"head_dim": 6, "dropout": 0.1}))),
 )
 class MultiHeadAttention(Attention):
     """Every head attends with its own query, key and value projection."""

@@ -17,34 +17,27 @@ authors' release leaves the bias at 0 unless it is set; ``fixed_bias=0.0`` is th
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.catalogue import Contract, OptionSet, register
-from regard.nn.attention import Attention, Position
-from regard.nn.heads.multi_head import SELF_AND_CROSS
+from regard.catalogue import OptionSet, register
+from regard.nn.attention import ATTENTION, Attention, Position
 from regard.ops.normalizers import Sigmoid
 
 
 @register(
     "sigmoid_attention",
     paper="sigmoid_attention",
-    contract=Contract(
-        input="tokens",
-        patterns=SELF_AND_CROSS,
-        time="n*m*d",
-        memory="(n+m)*d",
-        padding=True,
-        packed=True,
-        any_mask=True,
-        step=True,
-        state="linear",
-        attention_map=True,
-        permutation="equivariant",
+    contract=replace(
+        ATTENTION,
+        exact=False,
         options=(
             OptionSet({"position": "rotary", "qk_norm": True}, {"positions": True, "permutation": None}),
             OptionSet({"position": "alibi", "layer_scale": 1e-4}, {"permutation": None}),
+            OptionSet({"position": "relative"}, {"permutation": None}),
             OptionSet({"fixed_bias": -3.0, "head_dim": 6, "dropout": 0.1, "bias": True}),
         ),
     ),

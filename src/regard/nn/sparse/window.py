@@ -2,9 +2,9 @@
 arXiv 2004.05150; sinks: "Efficient Streaming Language Models with Attention Sinks", Xiao et al., 2023, arXiv
 2309.17453.
 
-    allowed(i, j) = i − w < j ≤ i   or   j < s ≤ i      causal: the last w tokens, the own one included, and s sinks
-    allowed(i, j) = |i − j| ≤ w / 2   or   j < s        not causal: w / 2 tokens to each side, and s sinks
-    head_h        = softmax over the allowed j of (q_i · k_j / √d_h), times v_j
+    causal      allowed(i, j) = j ≤ i and (i − w < j or j < s): the last w tokens, the own one included, and s sinks
+    otherwise   allowed(i, j) = |i − j| ≤ w / 2 or j < s: w / 2 tokens to each side, and s sinks
+    head_h      = softmax over the allowed j of (q_i · k_j / √d_h), times v_j
 
 Cost: time O(n (w + s) d), memory O(n d); the decoding state holds w − 1 + s tokens however many were seen.
 
@@ -15,14 +15,14 @@ Longformer's global tokens see everything in return and have projections of thei
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.catalogue import Contract, OptionSet, Paper, register
-from regard.nn.attention import Attention, Position
+from regard.catalogue import OptionSet, Paper, register
+from regard.nn.attention import ATTENTION, Attention, Position
 from regard.ops.attention import attention
 from regard.ops.checks import one_of, require
 from regard.ops.masks import And, Causal, Keys, Mask, Segments, Sinks, Window
@@ -48,18 +48,13 @@ class WindowState:
             arxiv="2309.17453",
         ),
     ),
-    contract=Contract(
-        input="tokens",
+    contract=replace(
+        ATTENTION,
         patterns=("noncausal self", "causal self"),
         time="n*min(n, window+sinks)*d",
         memory="n*d",
-        padding=True,
-        packed=True,
-        any_mask=True,
-        step=True,
         state="constant",
-        attention_map=True,
-        exact=True,
+        permutation=None,
         options=(
             OptionSet({"window": 8}),
             OptionSet({"window": 5, "sinks": 2}),

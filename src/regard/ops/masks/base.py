@@ -153,6 +153,12 @@ def states(empty: Tensor, full: Tensor) -> Tensor:
     return value.view(*(1,) * (4 - value.ndim), *value.shape)
 
 
+def range_states(query_low: Tensor, query_high: Tensor, key_low: Tensor, key_high: Tensor) -> Tensor:
+    """States of "same id", from the range of ids in each tile."""
+    same = (query_low == query_high) & (key_low == key_high) & (query_low == key_low)
+    return states((query_high < key_low) | (key_high < query_low), same)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class _Combined(Mask):
     left: Mask

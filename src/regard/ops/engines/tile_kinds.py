@@ -1,0 +1,148 @@
+"""How a row of tiles becomes weights: with a statistic carried along (softmax), or score by score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regard.ops.engines.tile_loop import BackwardTiles, Step, TileLoop
+from regard.ops.masks import Mask
+from regard.ops.masks.plan import KeyRange
+from regard.ops.normalizers import Normalizer, Pointwise
+
+
+class SoftmaxLoop(TileLoop):
+    """Each range of keys is softmaxed alone and merged by its log-sum-exp.
+
+    torch's fused softmax is faster than its `exp`, and gives the log-sum-exp by two maxima: at the largest score s the
+    weight is ``exp(s − lse)``.
+    """
+
+    empty_lse = -torch.inf
+
+    def mix(self, step: Step) -> tuple[Tensor, Tensor]:
+        query = self.scaled_query(step)
+        running: tuple[Tensor, Tensor] | None = None
+        for keys in step.ranges:
+            scores = self.scores(query, self.keys_of(self.key, step, keys), step, keys)
+            highest = scores.amax(-1, keepdim=True)
+            empty = highest == -torch.inf
+            weights = self.softmax(scores, empty, keys)
+            lse = (highest - weights.amax(-1, keepdim=True).log_()).masked_fill_(empty, -torch.inf)
+            kept = self.kept(step, keys)
+            if kept is not None:
+                weights.mul_(kept)
+            mixed = torch.bmm(weights, self.keys_of(self.value, step, keys))
+            running = (mixed, lse) if running is None else _merge(*running, mixed, lse)
+        assert running is not None
+        return running
+
+    def softmax(self, scores: Tensor, empty: Tensor, keys: KeyRange) -> Tensor:
+        """Softmax over one range of keys, 0 in `empty` rows (none are where part of the range is not masked)."""
+        weights = torch.softmax(scores, -1, out=self.scratch("weights", *scores.shape))
+        masked = sum(stop - start for start, stop in keys.partial)
+        may_be_empty = masked == keys.stop - keys.start or self.bias is not None
+        return weights.masked_fill_(empty, 0.0) if may_be_empty else weights
+
+    def backward_over(self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> BackwardTiles:
+        return _SoftmaxBackward(self, out, lse, grad_out, grad_lse)
+
+
+def _merge(mixed: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two sets of keys."""
+    total = torch.logaddexp(lse, more_lse)
+    level = total.masked_fill(total == -torch.inf, 0.0)
+    return mixed.mul_((lse - level).exp_()).add_(more.mul_((more_lse - level).exp_())), total
+
+
+class _SoftmaxBackward(BackwardTiles):
+    """``dS = P ∘ (dP − δ)`` with ``P = exp(S − lse)``; δ is what the row's normalisation takes from each gradient."""
+
+    def __init__(self, loop: SoftmaxLoop, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> None:
+        self.loop = loop
+        delta = torch.linalg.vecdot(grad_out.to(loop.dtype), out.to(loop.dtype))
+        self.lse, self.delta = lse, delta.sub_(grad_lse)
+
+    def enter(self, step: Step, query: Tensor, grad: Tensor) -> None:
+        place = (step.rows, slice(None), slice(*step.queries))
+        level = self.lse[place].flatten(1, 2)[..., None]
+        self.empty = level == -torch.inf
+        self.level, self.shift = level.masked_fill(self.empty, 0.0), self.delta[place].flatten(1, 2)[..., None]
+        self.query, self.grad = query, grad
+
+    def tile(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
+        loop = self.loop
+        scores = loop.scores(self.query, loop.keys_of(loop.key, step, keys), step, keys)
+        one = len(step.ranges) == 1
+        weights = loop.softmax(scores, self.empty, keys) if one else scores.sub_(self.level).exp_()
+        grad_scores = loop.product("grad", self.grad, loop.keys_of(loop.value, step, keys))
+        kept = loop.kept(step, keys)
+        if kept is None:
+            return weights, grad_scores.sub_(self.shift).mul_(weights)
+        grad_scores.mul_(kept).sub_(self.shift).mul_(weights)
+        return weights.mul_(kept), grad_scores
+
+
+class PointwiseLoop(TileLoop):
+    """Every weight comes from its own score: nothing is carried along a row."""
+
+    normalizer: Pointwise
+
+    def mix(self, step: Step) -> tuple[Tensor, None]:
+        query, counts = self.scaled_query(step), self.counts(step)
+        mixed = query.new_zeros(*query.shape[:2], self.value.shape[-1])
+        for keys in step.ranges:
+            scores = self.scores(query, self.keys_of(self.key, step, keys), step, keys)
+            weights, kept = self.normalizer.weights(scores, counts), self.kept(step, keys)
+            if kept is not None:
+                weights.mul_(kept)
+            mixed.baddbmm_(weights, self.keys_of(self.value, step, keys))
+        return mixed, None
+
+    def backward_over(self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> BackwardTiles:
+        return _PointwiseBackward(self)
+
+
+class _PointwiseBackward(BackwardTiles):
+    """``dS = f′(S) ∘ dP``."""
+
+    def __init__(self, loop: PointwiseLoop) -> None:
+        self.loop = loop
+
+    def enter(self, step: Step, query: Tensor, grad: Tensor) -> None:
+        self.query, self.grad, self.counts = query, grad, self.loop.counts(step)
+
+    def tile(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
+        loop = self.loop
+        scores = loop.scores(self.query, loop.keys_of(loop.key, step, keys), step, keys)
+        weights = loop.normalizer.weights(scores, self.counts)
+        grad_scores = loop.product("grad", self.grad, loop.keys_of(loop.value, step, keys))
+        grad_scores.mul_(loop.normalizer.slope(weights, self.counts))
+        kept = loop.kept(step, keys)
+        if kept is not None:
+            grad_scores.mul_(kept)
+            weights.mul_(kept)
+        return weights, grad_scores
+
+
+def loop_for(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_tensors: list[Tensor],
+    bias_tensors: list[Tensor],
+    seed: Tensor | None,
+    mask: str,
+    bias: str,
+    normalizer: str,
+    scale: float,
+    dropout: float,
+) -> TileLoop:
+    """The loop for a call as it travels through the operator."""
+    chosen = Normalizer.unflatten(normalizer, [])
+    kind = PointwiseLoop if isinstance(chosen, Pointwise) else SoftmaxLoop
+    own_mask = Mask.unflatten(mask, mask_tensors) if mask else None
+    loop = kind(query, key, value, (bias, bias_tensors), own_mask, seed, scale, dropout)
+    if isinstance(loop, PointwiseLoop) and isinstance(chosen, Pointwise):
+        loop.normalizer = chosen
+    return loop
