@@ -175,5 +175,5 @@ def against_windows(limit: float) -> list[Row]:
 if __name__ == "__main__":
     threads_argument()
     torch.manual_seed(0)
-    limit = gemm_limit()
+    limit = max(gemm_limit() for _ in range(3))
     report("neighborhood", [against_natten(limit), *against_windows(limit)])

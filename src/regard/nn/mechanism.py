@@ -35,8 +35,8 @@ class Mechanism(nn.Module):
         require(
             x.shape[axis] == width,
             self._name,
-            f"{name} has width {x.shape[axis]} (shape {tuple(x.shape)}), built for {width}",
-            f"give width {width}, or build for {x.shape[axis]}",
+            lambda: f"{name} has width {x.shape[axis]} (shape {tuple(x.shape)}), built for {width}",
+            lambda: f"give width {width}, or build for {x.shape[axis]}",
         )
 
     def check_tokens(
@@ -63,7 +63,7 @@ class Mechanism(nn.Module):
             require(
                 context.shape[0] == x.shape[0],
                 self._name,
-                f"context has batch {context.shape[0]}, x {x.shape[0]}",
+                lambda: f"context has batch {context.shape[0]}, x {x.shape[0]}",
                 "give one context per sample",
             )
         if mask is not None:
@@ -79,7 +79,7 @@ class Mechanism(nn.Module):
                 tuple(positions.shape) in ((x.shape[1],), tuple(x.shape[:2])),
                 self._name,
                 f"positions of shape {tuple(positions.shape)} for x of shape {tuple(x.shape)}",
-                f"give ({x.shape[1]},) or {tuple(x.shape[:2])}",
+                lambda: f"give ({x.shape[1]},) or {tuple(x.shape[:2])}",
             )
 
     def check_step(self, x: Tensor, width: int, batch: int) -> None:
@@ -89,7 +89,7 @@ class Mechanism(nn.Module):
         require(
             x.shape[0] == batch,
             self._name,
-            f"x has batch {x.shape[0]} (shape {tuple(x.shape)}), the state {batch}",
+            lambda: f"x has batch {x.shape[0]} (shape {tuple(x.shape)}), the state {batch}",
             "go on with the batch the state was made for",
         )
 

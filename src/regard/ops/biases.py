@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard.ops.checks import require
+from regard.ops.checks import require, require_grid
 from regard.ops.indices import Span, full_tile, index_grid
 from regard.ops.value import Value
 
@@ -85,8 +85,8 @@ class Alibi(Bias):
         require(
             tuple(self.slopes.shape) == (heads,),
             "Alibi",
-            f"slopes of shape {tuple(self.slopes.shape)} for {heads} query heads",
-            f"give shape ({heads},)",
+            lambda: f"slopes of shape {tuple(self.slopes.shape)} for {heads} query heads",
+            lambda: f"give shape ({heads},)",
         )
 
     def score(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -154,16 +154,11 @@ class RelativeBias(Bias):
         require(
             self.table.shape[0] == heads,
             "RelativeBias",
-            f"table for {self.table.shape[0]} heads in a call with {heads} query heads",
+            lambda: f"table for {self.table.shape[0]} heads in a call with {heads} query heads",
             "give one row per query head",
         )
         if self.grid is not None:
-            require(
-                queries == keys == prod(self.grid),
-                "RelativeBias",
-                f"grid {self.grid} has {prod(self.grid)} positions, the call {queries} queries and {keys} keys",
-                "flatten the grid the bias was made for",
-            )
+            require_grid("RelativeBias", self.grid, queries, keys)
 
     def score(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return self.table[head, self._entry(query, key)]

@@ -212,9 +212,12 @@ def _check_options(
     require(chunk_size >= 1, owner, f"chunk_size {chunk_size} is below 1", "use 64 if unsure")
     if not causal and log_decay is None:
         return
-    given = f"query has length {query.shape[2]} and key {key.shape[2]}, but causal or decayed tokens are both"
-    way_out = "make the lengths equal; earlier keys can be an initial_state"
-    require(query.shape[2] == key.shape[2], owner, given, way_out)
+    require(
+        query.shape[2] == key.shape[2],
+        owner,
+        lambda: f"query has length {query.shape[2]} and key {key.shape[2]}, but causal or decayed tokens are both",
+        "make the lengths equal; earlier keys can be an initial_state",
+    )
     if causal or log_decay is None:
         return
     given = f"log_decay of shape {tuple(log_decay.shape)}, one per token, with causal=False"

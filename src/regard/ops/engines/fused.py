@@ -33,8 +33,9 @@ def run(call: Call) -> tuple[Tensor, None]:
     """Output; SDPA gives no log-sum-exp."""
     mask, empty, is_causal = None, None, False
     if needs_no_dense(call):
-        # One query stands at the last key, where causal masks nothing.
-        is_causal = call.mask is not None and call.queries > 1
+        # One query stands at the last key, where causal masks nothing. A branch, since a compiled length is no integer.
+        if call.mask is not None and call.queries > 1:
+            is_causal = True
     else:
         allowed, bias = call.dense_mask(), call.dense_bias()
         if allowed is not None:

@@ -175,7 +175,7 @@ def _require_batch(owner: str, name: str, lengths: Tensor, batch: int) -> None:
     require(
         lengths.shape[0] == batch,
         owner,
-        f"{name} has {lengths.shape[0]} entries for a batch of {batch}",
+        lambda: f"{name} has {lengths.shape[0]} entries for a batch of {batch}",
         "give one length per sample",
     )
 

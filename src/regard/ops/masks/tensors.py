@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from regard.ops.checks import require
+from regard.ops.checks import require, require_grid
 from regard.ops.masks.base import Mask, Tiles, classify, range_states, tile_counts
 from regard.ops.masks.patterns import Window
 from regard.ops.neighborhood import attends
@@ -34,8 +34,8 @@ class Keys(Mask):
         require(
             tuple(self.chosen.shape) in ((keys,), (batch, keys)),
             "Keys",
-            f"chosen of shape {tuple(self.chosen.shape)} for batch {batch} and {keys} keys",
-            f"give one boolean per key: ({keys},) or ({batch}, {keys})",
+            lambda: f"chosen of shape {tuple(self.chosen.shape)} for batch {batch} and {keys} keys",
+            lambda: f"give one boolean per key: ({keys},) or ({batch}, {keys})",
         )
 
     def allows(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -85,18 +85,13 @@ class Segments(Mask):
         return index - (index * self.starts()).cummax(-1).values
 
     def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
-        for name, ids, length in (("ids", self.ids, keys), ("query_ids", self.query_ids, queries)):
-            if ids is not None:
-                require(
-                    ids.shape[-1] == length and (ids.ndim == 1 or ids.shape[0] == batch),
-                    "Segments",
-                    f"{name} of shape {tuple(ids.shape)} for batch {batch} and length {length}",
-                    f"give one id per position: ({length},) or ({batch}, {length})",
-                )
+        _require_ids("ids", self.ids, batch, keys)
+        if self.query_ids is not None:
+            _require_ids("query_ids", self.query_ids, batch, queries)
         require(
             self.query_ids is not None or queries <= keys,
             "Segments",
-            f"{queries} queries for {keys} ids",
+            lambda: f"{queries} queries for {keys} ids",
             "give query_ids when the queries are not the last keys",
         )
 
@@ -141,12 +136,7 @@ class Neighborhood(Mask):
             )
 
     def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
-        require(
-            queries == keys == prod(self.grid),
-            "Neighborhood",
-            f"grid {self.grid} has {prod(self.grid)} positions, the call {queries} queries and {keys} keys",
-            "flatten the grid the mask was made for",
-        )
+        require_grid("Neighborhood", self.grid, queries, keys)
 
     def allows(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         result = None
@@ -192,8 +182,8 @@ class Dense(Mask):
         require(
             shape[-2:] == (queries, keys) and (len(shape) == 2 or (shape[0] in (1, batch) and shape[1] in (1, heads))),
             "Dense",
-            f"mask of shape {shape} for batch {batch}, heads {heads}, {queries} queries and {keys} keys",
-            f"give shape ({queries}, {keys}) or ({batch} or 1, {heads} or 1, {queries}, {keys})",
+            lambda: f"mask of shape {shape} for batch {batch}, heads {heads}, {queries} queries and {keys} keys",
+            lambda: f"give shape ({queries}, {keys}) or ({batch} or 1, {heads} or 1, {queries}, {keys})",
         )
 
     def allows(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -210,6 +200,15 @@ class Dense(Mask):
         counts = torch.stack([tile_counts(row, tiles.key_tile) for row in rows], dim=-2).cpu()
         sizes = (tiles.query_high - tiles.query_low + 1) * (tiles.key_high - tiles.key_low + 1)
         return classify(counts.view(*(1,) * (4 - counts.ndim), *counts.shape), sizes)
+
+
+def _require_ids(name: str, ids: Tensor, batch: int, length: int) -> None:
+    require(
+        ids.shape[-1] == length and (ids.ndim == 1 or ids.shape[0] == batch),
+        "Segments",
+        lambda: f"{name} of shape {tuple(ids.shape)} for batch {batch} and length {length}",
+        lambda: f"give one id per position: ({length},) or ({batch}, {length})",
+    )
 
 
 def _of_sample(of_key: Tensor, batch: Tensor, position: Tensor) -> Tensor:
