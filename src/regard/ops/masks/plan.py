@@ -6,8 +6,8 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import NamedTuple
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,18 +91,17 @@ class Plan:
     def _ranges(self, row: np.ndarray) -> Iterator[KeyRange]:
         tile, keys = self.tiles.key_tile, self.tiles.keys
         span = max(1, KEY_SPAN // tile)
-        for occupied, run in groupby(range(len(row)), key=lambda index: row[index] != EMPTY):
+        for occupied, first, last in _runs(row != EMPTY):
             if not occupied:
                 continue
-            indices = list(run)
-            for first in range(0, len(indices), span):
-                piece = indices[first : first + span]
-                partial = []
-                for state, part in groupby(piece, key=lambda index: row[index]):
-                    if state != FULL:
-                        inside = list(part)
-                        partial.append((inside[0] * tile, min((inside[-1] + 1) * tile, keys)))
-                yield KeyRange(piece[0] * tile, min((piece[-1] + 1) * tile, keys), tuple(partial))
+            for start in range(first, last, span):
+                stop = min(start + span, last)
+                partial = tuple(
+                    ((start + a) * tile, min((start + b) * tile, keys))
+                    for state, a, b in _runs(row[start:stop])
+                    if state != FULL
+                )
+                yield KeyRange(start * tile, min(stop * tile, keys), partial)
 
     def additive(
         self,
@@ -125,6 +124,13 @@ class Plan:
         if mask.shift_invariant:
             self._tiles[name] = tile
         return tile
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[Any, int, int]]:
+    """Runs of one value, as (value, start, stop)."""
+    bounds = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
+    for start, stop in pairwise(bounds):
+        yield values[start], start, stop
 
 
 _plans: OrderedDict[tuple[str, Tiles], tuple[list[tuple[weakref.ref[Tensor], int]], Plan]] = OrderedDict()
