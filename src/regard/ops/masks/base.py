@@ -93,12 +93,13 @@ class Mask(Value):
 
         Found here by asking `allows`, one row of tiles at a time; masks with structure answer by bounds instead.
         """
+        here = self.to(torch.device("cpu"))  # where plans are made
         width = tiles.key_high - tiles.key_low + 1
         rows = []
         for low, high in zip(tiles.query_low.flatten().tolist(), tiles.query_high.flatten().tolist(), strict=True):
             spans = (low, high + 1), (0, tiles.keys)
             grid = index_grid((0, tiles.batch), (0, tiles.heads), *spans, None)
-            rows.append(tile_counts(full_tile(self.allows(*grid), *spans), tiles.key_tile))
+            rows.append(tile_counts(full_tile(here.allows(*grid), *spans), tiles.key_tile))
         counts = torch.stack(rows, dim=-2)
         return classify(counts, (tiles.query_high - tiles.query_low + 1) * width)
 
