@@ -65,9 +65,10 @@ def test_fused_equals_reference_in_float64_and_float32(data):
     size = data.draw(sizes())
     mask = data.draw(masks(size))
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        tensors = size.tensors(dtype, seed=0)
-        outs = [attention(*tensors, mask=mask, backend=name) for name in ("fused", "reference")]
-        found, wanted = ([out, *torch.autograd.grad(out.sin().sum(), tensors)] for out in outs)
+        bias = data.draw(biases(size, dtype))
+        leaves = [*size.tensors(dtype, seed=0), *(bias.flatten()[1] if bias is not None else [])]
+        outs = [attention(*leaves[:3], mask=mask, bias=bias, backend=name) for name in ("fused", "reference")]
+        found, wanted = ([out, *torch.autograd.grad(out.sin().sum(), leaves)] for out in outs)
         for ours, reference in zip(found, wanted, strict=True):
             assert (ours - reference).abs().max() <= tolerance * max(1.0, reference.abs().max().item())
 
