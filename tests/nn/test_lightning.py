@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from regard.nn import LightningAttention
+from regard.ops import linear_attention
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "lightning.safetensors"
 
 
 def by_definition(layer: LightningAttention, x: torch.Tensor) -> torch.Tensor:
@@ -55,3 +61,14 @@ def test_the_state_has_one_square_a_head_at_any_length():
 def test_a_layer_beyond_the_last_is_refused():
     with pytest.raises(ValueError, match="layer 3 of layers 3"):
         LightningAttention(16, layer=3, layers=3)
+
+
+def test_the_operator_is_the_authors_reference():
+    kept = load_file(GOLDEN)
+    inputs = [kept[name].requires_grad_() for name in ("query", "key", "value")]
+    out = linear_attention(*inputs, log_decay=-kept["slopes"])
+    grads = torch.autograd.grad(out, inputs, kept["seed"])
+    # The authors round the decayed scores to float32 whatever the inputs are.
+    torch.testing.assert_close(out, kept["out"], rtol=1e-5, atol=1e-5)
+    for name, grad in zip(("query", "key", "value"), grads, strict=True):
+        torch.testing.assert_close(grad, kept[f"grad_{name}"], rtol=1e-5, atol=1e-5)

@@ -568,9 +568,9 @@ def test_memory_beyond_the_outputs_is_a_fraction_of_them(decay):
             weight = torch.randn(1, 2, length, 32)
             out = linear_attention(query, key, value, log_decay=log_decay)
             peaks.append(
-                peak_bytes(lambda: torch.autograd.grad(out, (query, key, value), weight))  # noqa: B023
+                peak_bytes(lambda: torch.autograd.grad(out, (query, key, value), weight))  # noqa: B023  called at once
                 if backward
-                else peak_bytes(lambda: linear_attention(query, key, value, log_decay=log_decay))  # noqa: B023
+                else peak_bytes(lambda: linear_attention(query, key, value, log_decay=log_decay))  # noqa: B023  called at once
             )
         return (peaks[1] - peaks[0]) / 8192
 
