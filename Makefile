@@ -10,12 +10,15 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format bench readme clean
+.PHONY: help setup compare test lint format bench readme docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Build .venv from nothing: torch, regard with its tools, the peers to compare with
+
+compare: $(READY) ## Train and time attention on this machine: compare/report.html says which to use
+	$(VENV)/bin/regard compare
 
 test: $(READY) ## Run every test
 	$(RUN) -m pytest -n $(WORKERS)
@@ -38,6 +41,10 @@ bench: $(READY) ## Run every script of benchmarks/ and bring the README's speed 
 readme: $(READY) ## Rewrite the tables in README.md
 	$(RUN) tools/readme.py
 
+# Not --quiet, under which MkDocs forgets the warnings that --strict should fail for.
+docs: $(READY) ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 clean: ## Remove .venv and everything else that can be built again
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -45,6 +52,6 @@ clean: ## Remove .venv and everything else that can be built again
 $(READY): pyproject.toml requirements-peers.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' || $(RUN) -m pip install "$(TORCH)"
-	$(RUN) -m pip install --quiet --editable ".[dev]"
+	$(RUN) -m pip install --quiet --editable ".[compare,dev,docs]"
 	$(RUN) -m pip install --quiet --no-deps --requirement requirements-peers.txt
 	touch $@

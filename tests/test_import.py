@@ -14,8 +14,11 @@ import pytest
 import regard
 
 SOURCE = Path(regard.__file__).parent
-FLOORS = ("ops", "catalogue", "nn", "testing", "cli")
-OPTIONAL = {"diffusers", "jinja2", "natten", "plotly", "pytest", "rich", "timm", "torchvision", "transformers", "typer"}
+FLOORS = ("ops", "catalogue", "nn", "models", "tasks", "testing", "bench", "report", "cli")
+OPTIONAL = {
+    *("diffusers", "jinja2", "natten", "plotly", "pydantic", "pytest", "rich", "scipy", "sklearn"),
+    *("timm", "torchvision", "transformers", "typer"),
+}
 COMPILER = {"torch._dynamo", "torch._inductor", "triton"}
 
 

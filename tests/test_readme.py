@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,11 @@ from typer.testing import CliRunner
 
 from regard.catalogue import mechanisms
 from regard.cli import app
+from tests.snippets import assert_runs, python_blocks
 from tools.readme import README, ROOT, filled, mechanism_table, speed_tables
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-FENCED = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = python_blocks(ROOT / document for document in DOCUMENTS)
 COMMAND = re.compile(r"^    ((?:make|python|regard) .*?)(?:\s+#.*)?$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
@@ -26,23 +25,13 @@ def text(document: str) -> str:
     return (ROOT / document).read_text(encoding="utf-8")
 
 
-def blocks() -> dict[str, str]:
-    found = {document: FENCED.findall(text(document)) for document in DOCUMENTS}
-    return {
-        f"{document}-{number}": code for document in DOCUMENTS for number, code in enumerate(found[document], start=1)
-    }
-
-
 def commands() -> list[str]:
     return sorted({command for document in DOCUMENTS for command in COMMAND.findall(text(document))})
 
 
-@pytest.mark.parametrize("code", blocks().values(), ids=blocks())
+@pytest.mark.parametrize("code", BLOCKS.values(), ids=BLOCKS)
 def test_python_block_runs(code: str, tmp_path: Path):
-    script = tmp_path / "block.py"
-    script.write_text(code, encoding="utf-8")
-    result = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    assert_runs(code, tmp_path)
 
 
 def test_documents_show_commands():

@@ -68,13 +68,18 @@ def _measure(case: Case, length: int, then: Callable[[torch.Tensor], None]) -> i
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory a call holds beyond what is there before it, by torch's own allocator events (CPU)."""
+    """The most memory a call holds beyond what is there before it (CPU)."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess] it has run
+    return peak_recorded(recorded)
+
+
+def peak_recorded(recorded: torch.profiler.profile) -> int:
+    """The most bytes held at once by the events of torch's own allocator on the CPU."""
+    held = most = 0
+    for event in recorded.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess] it has run
         if event.name() == "[memory]":
             held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue] missing in the stubs
-            peak = max(peak, held)
-    return peak
+            most = max(most, held)
+    return most

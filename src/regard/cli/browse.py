@@ -1,50 +1,29 @@
-"""Floor 5: the command line. It asks the catalogue and prints what it says; it has no logic of its own."""
+"""``regard list`` and ``regard show``: what the catalogue says, printed."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import groupby
-from typing import Annotated, NoReturn, get_args
+from typing import Annotated, get_args
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from regard import __version__
 from regard.catalogue import Card, Contract, Paper, Pattern, card, mechanisms, paper, papers
 from regard.catalogue.contract import Input
+from regard.cli.app import app, fail, open_console
 
 MECHANISM_COLUMNS = ("key", "summary", "input", "patterns", "state", "map", "source")
 PAPER_COLUMNS = ("key", "what must work", "wave", "room", "source")
 SOURCE_FIELDS = ("key", "title", "year", "arxiv")
 NARROWEST_TABLE = 100
 """Columns of a terminal below which a table is printed as one block per row."""
-
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-def main() -> None:
-    """Run the command line; characters the output cannot encode are replaced."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue] both are text streams
-    app(prog_name="regard")
-
-
-@app.callback(invoke_without_command=True)
-def regard(
-    context: typer.Context, show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
-) -> None:
-    """Every attention mechanism in one PyTorch library: what is implemented, what is open, what each promises."""
-    if show_version:
-        typer.echo(f"regard {__version__}")
-    elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
 
 
 @app.command("list")
@@ -70,7 +49,7 @@ def list_(
     _check("--input", input_, get_args(Input))
     declared = {name: value for name, value in (("pattern", pattern), ("input", input_)) if value is not None}
     if declared and implemented is False:
-        _fail("--open with --pattern or --input finds nothing: only an implemented mechanism declares them")
+        fail("--open with --pattern or --input finds nothing: only an implemented mechanism declares them")
     wanted = [row for row in papers().values() if wave in (None, row.wave) and room in (None, row.room)]
     rows = [] if declared else [row for row in wanted if implemented in (None, row.implemented)]
     cards = [] if implemented is False else [card(key) for key in mechanisms(**declared)]  # pyright: ignore[reportArgumentType] checked above
@@ -79,35 +58,25 @@ def list_(
     if as_json:
         typer.echo(json.dumps({"mechanisms": [*map(_card_record, cards)], "papers": [*map(_paper_record, rows)]}))
     else:
-        _print_list(_console(), cards, rows)
+        _print_list(open_console(), cards, rows)
 
 
 @app.command()
 def show(key: Annotated[str, typer.Argument(help="A mechanism, or a paper of the table.")]) -> None:
     """Show a mechanism: source, equation, cost, contract, arguments. Or a paper: what must work of it, and where."""
-    console = _console()
+    console = open_console()
     if key in mechanisms():
         _show_card(console, card(key))
     elif key in papers():
         _show_paper(console, paper(key))
     else:
         near = get_close_matches(key, sorted({*mechanisms(), *papers()}))
-        _fail(f"{key!r} is not known; " + (f"did you mean {' or '.join(near)}?" if near else "see `regard list`"))
+        fail(f"{key!r} is not known; " + (f"did you mean {' or '.join(near)}?" if near else "see `regard list`"))
 
 
 def _check(option: str, value: object, valid: Sequence[object]) -> None:
     if value is not None and value not in valid:
-        _fail(f"{option} {value!r} is not known; valid values: {', '.join(map(str, valid))}")
-
-
-def _fail(problem: str) -> NoReturn:
-    typer.echo(f"regard: {problem}", err=True)
-    raise typer.Exit(2)
-
-
-def _console() -> Console:
-    """A console that prints text as it stands: papers write [brackets] and :colons: of their own."""
-    return Console(markup=False, highlight=False, emoji=False)
+        fail(f"{option} {value!r} is not known; valid values: {', '.join(map(str, valid))}")
 
 
 def _print_list(console: Console, cards: Sequence[Card], rows: Sequence[Paper]) -> None:

@@ -1,0 +1,137 @@
+"""What is measured of a call, and the limits of the machine it runs on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+from regard.testing.checks.memory import peak_recorded
+
+GEMM_SIZE, COPY_BYTES = 1024, 2**27
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::conv2d")
+_FUSED = "aten::scaled_dot_product_attention"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call does: floating-point operations in matrix products, and the most bytes it holds beyond what was.
+
+    The bytes are None on a device whose allocator does not tell.
+    """
+
+    flops: float
+    peak_bytes: int | None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was started on `device`; nothing to wait for on the CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def times(
+    calls: Sequence[Callable[[], object]],
+    *,
+    device: torch.device,
+    seconds: float = 0.25,
+    fewest: int = 3,
+    most: int = 15,
+) -> list[list[float]]:
+    """Seconds of every run of each call, in rounds in which each has its turn: drift of the machine meets all alike.
+
+    A call is warmed up once, then run for about `seconds`, but at least `fewest` and at most `most` times.
+    """
+    repeats = []
+    for call in calls:
+        once = _seconds(call, device)
+        repeats.append(min(most, max(fewest, ceil(seconds / min(once, _seconds(call, device))))))
+    samples: list[list[float]] = [[] for _ in calls]
+    for turn in range(max(repeats, default=0)):
+        for kept, call, count in zip(samples, calls, repeats, strict=True):
+            if turn < count:
+                kept.append(_seconds(call, device))
+    return samples
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def gemm(dtype: torch.dtype, device: torch.device, size: int = GEMM_SIZE) -> tuple[Callable[[], object], float]:
+    """A square matrix product, and its floating-point operations."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return lambda: left @ right, 2.0 * size**3
+
+
+def copy(device: torch.device, size: int = COPY_BYTES) -> tuple[Callable[[], object], float]:
+    """A copy larger than the caches, and the bytes it reads and writes."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2.0 * size
+
+
+def gemm_limit() -> float:
+    """FLOP/s that the CPU reaches on a square float32 matrix product."""
+    device = torch.device("cpu")
+    call, flops = gemm(torch.float32, device, 2048)
+    return flops / statistics.median(times([call], device=device, fewest=9)[0])
+
+
+def work(call: Callable[[], object], device: torch.device) -> Work:
+    """What `call` does, counted by torch's profiler: products inside operators of our own are seen too.
+
+    An SDPA counts its two products, half of them if it is causal, and five for its backward.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
+    on_cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_cuda else 0
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True, record_shapes=True, with_flops=True) as recorded:
+        call()
+        synchronize(device)
+    peak = None
+    if on_cuda:
+        peak = torch.cuda.max_memory_allocated(device) - before
+    elif device.type == "cpu":
+        peak = peak_recorded(recorded)
+    return Work(_flops(recorded), peak)
+
+
+def _flops(recorded: profile) -> float:
+    events = recorded.events() or []
+    products = sum(event.flops or 0 for event in events if event.name in _PRODUCTS)
+    fused = [_fused_flops(event) for event in events if event.name == _FUSED]
+    backward = any("scaled_dot_product" in event.name and "backward" in event.name for event in events)
+    return products + sum(fused) * (3.5 if backward else 1.0)
+
+
+def _fused_flops(event: FunctionEvent) -> float:
+    shapes: list[list[int]] = event.input_shapes[:3]  # pyright: ignore[reportAssignmentType] the stubs say flat
+    query, key, value = shapes
+    causal = event.concrete_inputs[5]
+    pairs = prod(query[:-1]) * key[-2]
+    return 2.0 * pairs * (query[-1] + value[-1]) * (0.5 if causal else 1.0)
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,88 @@
+"""A mechanism with its options, as it is written on the command line: ``window:window=64:sinks=4``."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.catalogue import Card, Pattern, card
+from regard.ops.checks import require
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A mechanism's key and the constructor arguments that differ from its defaults."""
+
+    key: str
+    options: tuple[tuple[str, object], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """``key`` or ``key:name=value:name=value``, values as Python literals or plain words.
+
+        Raises ValueError for a key that is not registered, an argument the mechanism lacks, or text of another form.
+        """
+        key, *assignments = text.split(":")
+        arguments, options = card(key).arguments, []
+        for assignment in assignments:
+            name, equals, value = assignment.partition("=")
+            require(
+                bool(equals),
+                "mechanisms",
+                f"{assignment!r} in {text!r} sets nothing",
+                "write key:name=value, e.g. window:window=64:sinks=4",
+            )
+            require(
+                name in arguments, key, f"argument {name!r} is not known", f"it takes {', '.join(sorted(arguments))}"
+            )
+            options.append((name, _literal(value)))
+        return cls(key, tuple(options))
+
+    def __str__(self) -> str:
+        return ":".join([self.key, *(f"{name}={value}" for name, value in self.options)])
+
+    @property
+    def card(self) -> Card:
+        return card(self.key)
+
+    def attends(self, pattern: Pattern) -> bool:
+        """Whether it can be compared under `pattern`; a gate over feature maps is among the noncausal ones."""
+        contract = self.card.contract
+        return pattern in contract.patterns or (contract.input == "feature_map" and pattern == "noncausal self")
+
+    def build(self, dim: int, heads: int, pattern: Pattern, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """One layer."""
+        entry, arguments = self.card, dict(self.options)
+        if "heads" in entry.arguments:
+            arguments = {"heads": heads, **arguments}
+        wanted = pattern if entry.contract.patterns else None
+        return entry.build(dim, pattern=wanted, **arguments, dtype=dtype, device=device)
+
+    def input(self, length: int, dim: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """One random sequence of `length` tokens, as a plane as square as can be where it takes a grid."""
+        plane = _plane(length)
+        shapes = {"tokens": (1, length, dim), "grid": (1, *plane, dim), "feature_map": (1, dim, *plane)}
+        return torch.randn(shapes[self.card.contract.input], dtype=dtype, device=device)
+
+    def narrowest(self, lengths: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """The input of one of `lengths` that is the hardest to run on: the shortest, or with the shortest axis."""
+        tokens = self.card.contract.input == "tokens"
+        return self.input(min(lengths, key=lambda length: length if tokens else _plane(length)[0]), dim, dtype, device)
+
+
+def _plane(length: int) -> tuple[int, int]:
+    rows = next(rows for rows in range(isqrt(length), 0, -1) if length % rows == 0)
+    return rows, length // rows
+
+
+def _literal(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

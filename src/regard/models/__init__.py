@@ -1,0 +1,1 @@
+"""Floor 3: models that take any mechanism by its key."""

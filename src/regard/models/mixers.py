@@ -1,0 +1,51 @@
+"""A mechanism as a layer of a model: built by key with what every layer gives it, called in its own layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.catalogue import Card, Pattern, card
+
+
+def build_mixer(
+    key: str,
+    dim: int,
+    *,
+    heads: int,
+    layer: int,
+    layers: int,
+    pattern: Pattern | None,
+    options: Mapping[str, object],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The mechanism `key` as layer `layer` of `layers`.
+
+    Where its constructor has them it is given `heads`, `layer`, `layers`, rotary positions if it is causal, and
+    ``residual=False``, because the block around it has the residual. `options` go before all of these.
+    """
+    entry = card(key)
+    given = {"heads": heads, "layer": layer, "layers": layers, "residual": False}
+    if pattern is not None and pattern.startswith("causal") and takes_rotary(entry):
+        given["position"] = "rotary"
+    known = {name: value for name, value in given.items() if name in entry.arguments}
+    return entry.build(dim, pattern=pattern, **{**known, **options}, device=device, dtype=dtype)
+
+
+def takes_rotary(entry: Card) -> bool:
+    """Whether an option set that is proved has ``position="rotary"``."""
+    return any(option_set.arguments.get("position") == "rotary" for option_set in entry.option_sets())
+
+
+def mix_grid(mixer: nn.Module, x: Tensor) -> Tensor:
+    """`mixer` over a grid (batch, *grid, dim), whichever layout it takes."""
+    taken = mixer.card.contract.input  # pyright: ignore[reportAttributeAccessIssue] it is registered
+    if taken == "tokens":
+        return mixer(x.flatten(1, -2)).view_as(x)
+    if taken == "feature_map":
+        return mixer(x.movedim(-1, 1)).movedim(1, -1)
+    return mixer(x)
