@@ -33,7 +33,7 @@ def regard(
 
 def fail(problem: str, code: int = 2) -> NoReturn:
     """Say what is wrong in one line and leave."""
-    typer.echo(f"regard: {problem}", err=True)
+    typer.echo(f"regard: {problem.removeprefix('regard: ')}", err=True)
     raise typer.Exit(code)
 
 

@@ -109,7 +109,7 @@ def quality_and_speed(results: Results, task: str) -> Figure:
     better = "up" if trial.better == "higher" else "down"
     ticks = _ticks([point.x for point in points])
     chart.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
-    _axes(chart, f"ms, forward and backward, {cell.length} tokens (log)", f"{trial.metric} (better: {better})")
+    _axes(chart, f"ms to train, {cell.length} tokens (log)", f"{trial.metric} (better: {better})")
     seeds = min(found.seeds for found in scores.values())
     samples = next(iter(scores.values()))
     return Figure(
@@ -117,8 +117,8 @@ def quality_and_speed(results: Results, task: str) -> Figure:
         f"{trial.subject.capitalize()}: quality and speed",
         f"Quality: {trial.metric} of small models trained on {task}, {_count(seeds, 'seed')}, "
         f"{samples.samples} test samples; bars are 95 % intervals over {samples.over}. Guessing gives "
-        f"{score(trial, trial.guessing)}. Time: {_layer(results)}, {trial.pattern}. Nothing is both better and faster "
-        "than a mechanism on the dotted front.",
+        f"{score(trial, trial.guessing)}. Time: forward and backward, {_layer(results)}, {trial.pattern}. "
+        "Nothing is both better and faster than a mechanism on the dotted front.",
         "ms",
         tuple(points),
         chart,
@@ -135,7 +135,7 @@ def recall(results: Results) -> Figure:
     ]
     kept = {cell.mechanism: cell.state_bytes for cell in results.quality.values() if cell.task == "recall"}
     chart = _lines(results, points, {name: f"{name}, {_kilobytes(kept.get(name))}" for name in scores})
-    _axes(chart, "key–value pairs in the sequence (log)", "accuracy (better: up)")
+    _axes(chart, "key–value pairs (log)", "accuracy (better: up)")
     chart.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
     chart.update_xaxes(tickvals=sorted({point.x for point in points}))
     first = next(iter(scores.values()))

@@ -44,22 +44,16 @@ def page(results: Results) -> str:
     environment = Environment(
         loader=PackageLoader("regard.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    # A closing tag inside a script would end it, in whatever string it stands.
-    safe = {"</": "<\\/", "<!--": "<\\!--"}
-    scripts = {"results": results.model_dump_json(indent=1)}
     drawn = figures(results)
-    scripts |= {figure.name: figure.json for figure in drawn}
-    for name, text in scripts.items():
-        for bad, good in safe.items():
-            text = text.replace(bad, good)
-        scripts[name] = Markup(text)
+    scripts = {"results": results.model_dump_json(indent=1), **{figure.name: figure.json for figure in drawn}}
     return environment.get_template("page.html.jinja").render(
         results=results,
         subjects={task: trial.subject for task, trial in TRIALS.items()},
         figures=drawn,
         overview=overview(results),
         details=[efficiency(results), *shares(results)],
-        scripts=scripts,
+        # A tag inside a string of JSON would end the script it stands in.
+        scripts={name: Markup(text.replace("<", "\\u003c")) for name, text in scripts.items()},
         plotly=Markup(get_plotlyjs()),
     )
 
