@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness import Row, gemm_limit, peak_bytes, report, threads_argument, times
+from harness import Row, gemm_limit, report, threads_argument, times
 from regard.ops import attention
 from regard.ops.masks import Causal, Mask, Window
+from regard.testing.checks.memory import peak_bytes
 
 HEADS, WIDTH = 8, 64
 

@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from regard.bench.measure import gemm_limit, processor
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -54,43 +56,14 @@ def times(*functions: Callable[[], object], repeats: int = 7, warmup: int = 1) -
     return [statistics.median(kept) for kept in samples]
 
 
-def gemm_limit(size: int = 2048) -> float:
-    """FLOP/s this machine reaches on one square float32 matrix product."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / times(lambda: a @ b, repeats=9, warmup=2)[0]
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes allocated at once on the CPU while `function` runs, beyond what was there before."""
-    function()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    now = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
-
-
 def machine() -> dict[str, object]:
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gemm_gflops": round(gemm_limit() / 1e9, 1),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
 
 
 def report(name: str, rows: list[Row]) -> None:

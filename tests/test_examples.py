@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
-def test_quickstart_trains_three_mechanisms():
-    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--steps", "2"]
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_trains_each_of_its_mechanisms(example: Path):
+    command = [sys.executable, str(example), "--steps", "2"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    for key in ("multi_head", "window", "lightning"):
+    for key in mechanisms(example):
         assert key in run.stdout
+
+
+def mechanisms(example: Path) -> list[str]:
+    tree = ast.parse(example.read_text(encoding="utf-8"))
+    assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return list(ast.literal_eval(assigned["MECHANISMS"]))

@@ -280,7 +280,7 @@ def held(made: Plan, timing: int, quality_cells: int) -> Results:
 
 @pytest.mark.parametrize(("timing", "trained"), [(0, 0), (1, 0), (4, 1), (4, 2)])
 def test_what_results_hold_is_not_planned_again(timing: int, trained: int):
-    made = plan(tasks=["text"], mechanisms=["multi_head", "lightning"])
+    made = plan(0.01, tasks=["text"], mechanisms=["multi_head", "lightning"])
     assert (len(made.timing), len(made.quality)) == (4, 2)
     waiting = made.waiting(held(made, timing, trained))
     assert waiting == (made.timing[timing:], made.quality[trained:])

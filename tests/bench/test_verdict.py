@@ -117,7 +117,7 @@ def test_one_mechanism_is_compared_with_nothing():
     assert not any("use gqa" in text for text in sentences(found))
 
 
-@pytest.mark.parametrize(("task", "guess", "shown"), [("digits", 0.0, "guessing 10.0 %"), ("text", 7.9, "guessing")])
+@pytest.mark.parametrize(("task", "guess", "shown"), [("digits", 0.0, "guessing 10.0%"), ("text", 7.9, "guessing")])
 def test_no_advice_follows_where_nothing_was_learned(task: str, guess: float, shown: str):
     samples = [[guess + 0.001 * number for number in range(64)]]
     found = results(
@@ -142,7 +142,7 @@ def test_mechanism_that_learned_nothing_is_not_recommended_for_its_speed():
 
 def test_without_timings_only_quality_is_compared():
     found = results({"text": {"multi_head": around(2.0), "gqa": around(2.0)}}, tasks=["text"])
-    assert "cannot be told from it. Speed was not measured." in about(found, "For causal text")
+    assert "gqa cannot be told from it. Speed was not measured." in about(found, "For causal text")
 
 
 def test_mechanism_that_could_not_be_timed_is_left_out():
@@ -161,8 +161,8 @@ def test_capacity_says_who_holds_how_much():
     }
     found = results({"recall": dict.fromkeys(by, ones)}, by=by, tasks=["recall"])
     assert about(found, "Capacity") == (
-        "Capacity: multi_head recalls all 16 pairs; lightning holds up to 8 pairs (40 % at 16); "
-        "eca does not hold even the fewest pairs (40 % at 16)."
+        "Capacity: multi_head recalls all 16 pairs; lightning holds up to 8 pairs (40% at 16); "
+        "eca does not hold even the fewest pairs (40% at 16)."
     )
 
 

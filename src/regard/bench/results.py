@@ -100,7 +100,7 @@ class Machine(Record):
 
 
 class Interval(Record):
-    """A score with its 95 % interval: over seeds where there are three or more, else over test samples."""
+    """A score with its 95% interval: over seeds where there are three or more, else over test samples."""
 
     score: float
     low: float
@@ -114,7 +114,8 @@ class Interval(Record):
 class Sentence(Record):
     """A line of the verdict, and the places in this file that it follows from, as JSON pointers.
 
-    Advice says what to use for a task, `choice` in short; a finding is a fact; a caveat says what not to conclude.
+    Advice says which `choice` to make for a task, and the `reason`; a finding is a fact; a caveat says what not to
+    conclude.
     """
 
     kind: Literal["advice", "finding", "caveat"] = "finding"
@@ -122,6 +123,7 @@ class Sentence(Record):
     sources: list[str]
     task: str | None = None
     choice: str | None = None
+    reason: str | None = None
 
 
 class Summary(Record):

@@ -47,7 +47,7 @@ def summarize(results: Results) -> Summary:
 
 
 def interval(trial: Trial, cells: Sequence[QualityCell]) -> Interval:
-    """The mean score and its 95 % interval: Student's over three or more seeds, else over the test samples.
+    """The mean score and its 95% interval: Student's over three or more seeds, else over the test samples.
 
     Over samples it is Wilson's for an accuracy, the normal one otherwise.
     """
@@ -74,7 +74,7 @@ def interval(trial: Trial, cells: Sequence[QualityCell]) -> Interval:
 def equal_to_best(trial: Trial, cells: Mapping[str, Sequence[QualityCell]]) -> list[str]:
     """The best mechanism and those that are not surely worse than it, best first.
 
-    Surely worse: the 95 % interval of the difference, seed by seed, lies beyond the tolerance; with fewer than three
+    Surely worse: the 95% interval of the difference, seed by seed, lies beyond the tolerance; with fewer than three
     seeds in common it is the interval sample by sample, and it lies beyond what the luck of a training explains.
     """
     sign = 1 if trial.better == "higher" else -1

@@ -1,7 +1,7 @@
 """The verdict in words. Each sentence follows from the numbers by one rule, and names the numbers it follows from.
 
 A task's recommendation, at each length timed: of the mechanisms that learned the task and are not surely worse than the
-best of them, the fastest in forward and backward; of those within 5 % of its time, the one with the best score.
+best of them, the fastest in forward and backward; of those within 5% of its time, the one with the best score.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from regard.bench.quality import TRIALS, Trial
+from regard.bench.quality import DIM, HEADS, LAYERS, TRIALS, Trial
 from regard.bench.results import Interval, Results, Sentence, Summary, TimingCell
 
 EXACT = "multi_head"
@@ -37,7 +37,7 @@ def verdict(results: Results, summary: Summary) -> list[Sentence]:
 
 def score(trial: Trial, value: float) -> str:
     """A score as it is written everywhere."""
-    return f"{100 * value:.1f} %" if trial.metric == "accuracy" else f"{value:.2f} {trial.metric}"
+    return f"{100 * value:.1f}%" if trial.metric == "accuracy" else f"{value:.2f} {trial.metric}"
 
 
 def size(count: float) -> str:
@@ -84,22 +84,11 @@ def _task(task: str, results: Results, summary: Summary) -> Iterable[Sentence]:
     choices = [(cell, name) for cell, name in choices if name is not None]
     sources = [f"/summary/equal_to_best/{task}", f"{source}/{best}"]
     if not choices:
-        yield Sentence(
-            kind="advice",
-            text=f"For {subject}, {best} is best with {score(trial, scores[best].score)}{_as_good(equal)}. Speed was "
-            "not measured.",
-            sources=sources,
-            task=task,
-            choice=best,
-        )
+        reason = f"It is best with {score(trial, scores[best].score)}{_as_good(equal)}. Speed was not measured."
+        yield _advice(task, best, reason, sources)
         return
-    yield Sentence(
-        kind="advice",
-        task=task,
-        choice=_ranges(choices),
-        text=f"For {subject} on this machine use {_ranges(choices)}. " + _why(trial, best, equal, scores, *choices[-1]),
-        sources=[*sources, *(f"/timing/{cell.pattern} {cell.length}" for cell, _ in choices)],
-    )
+    timings = [f"/timing/{cell.pattern} {cell.length}" for cell, _ in choices]
+    yield _advice(task, _ranges(choices), _why(trial, best, equal, scores, *choices[-1]), [*sources, *timings])
     cell, chosen = choices[-1]
     faster = _fastest(able, scores, cell, sign)
     if faster is not None and _seconds(cell, chosen) > MUCH_FASTER * _seconds(cell, faster):
@@ -109,6 +98,11 @@ def _task(task: str, results: Results, summary: Summary) -> Iterable[Sentence]:
             f"reaches {score(trial, scores[faster].score)} instead of {score(trial, scores[chosen].score)}.",
             sources=[f"/timing/{cell.pattern} {cell.length}", f"{source}/{faster}", f"{source}/{chosen}"],
         )
+
+
+def _advice(task: str, choice: str, reason: str, sources: list[str]) -> Sentence:
+    text = f"For {TRIALS[task].subject} on this machine use {choice}. {reason}"
+    return Sentence(kind="advice", text=text, sources=sources, task=task, choice=choice, reason=reason)
 
 
 def timed(results: Results, pattern: str) -> list[TimingCell]:
@@ -190,7 +184,7 @@ def _capacity(summary: Summary) -> Iterable[Sentence]:
     for name, pairs in sorted(held.items(), key=lambda item: -item[1]):
         if pairs < most:
             upto = f"holds up to {pairs} pairs" if pairs else "does not hold even the fewest pairs"
-            parts.append(f"{name} {upto} ({100 * scores[name][str(most)]:.0f} % at {most})")
+            parts.append(f"{name} {upto} ({100 * scores[name][str(most)]:.0f}% at {most})")
     yield Sentence(text="Capacity: " + "; ".join(parts) + ".", sources=["/summary/quality/recall"])
 
 
@@ -246,8 +240,17 @@ def _decoding(results: Results, summary: Summary) -> Iterable[Sentence]:
 
 
 def _caveats(summary: Summary) -> Iterable[Sentence]:
-    fewest = min((found.seeds for scores in summary.quality.values() for found in scores.values()), default=0)
-    if fewest and fewest < 3:
+    if not summary.quality:
+        return
+    fewest = min(found.seeds for scores in summary.quality.values() for found in scores.values())
+    yield Sentence(
+        kind="caveat",
+        text=f"Quality is that of small models (width {DIM}, {HEADS} heads, {LAYERS} layers, 400 to 500 steps on at "
+        "most 256 tokens), the same in every run: it says what a mechanism learns quickly, not what a large model "
+        "reaches.",
+        sources=["/summary/quality"],
+    )
+    if fewest < 3:
         yield Sentence(
             kind="caveat",
             text=f"Some of these scores rest on {fewest} {'seed' if fewest == 1 else 'seeds'}: their intervals cover "

@@ -48,12 +48,20 @@ class Card:
     def build(self, *args: object, pattern: Pattern | None = None, **arguments: object) -> nn.Module:
         """Construct the mechanism, for one of its declared `pattern` if given.
 
-        Raises ValueError for a pattern that is not declared and TypeError for an argument the constructor lacks.
+        Raises ValueError for a pattern that is not declared or contradicts ``causal``, and TypeError for an argument
+        the constructor lacks.
         """
         if pattern is not None:
             one_of(self.key, "pattern", pattern, self.contract.patterns)
             if "causal" in self.arguments:
-                arguments = {"causal": pattern.startswith("causal"), **arguments}
+                causal = pattern.startswith("causal")
+                require(
+                    arguments.get("causal", causal) is not (not causal),
+                    self.key,
+                    f"causal={not causal} with pattern {pattern!r}",
+                    "give one of them",
+                )
+                arguments = {"causal": causal, **arguments}
         for name, value in arguments.items():
             if name not in self.arguments:
                 try:

@@ -11,29 +11,32 @@ from torch import Tensor, nn
 from regard.catalogue import Card, Pattern, card
 
 
-def build_mixer(
+def build_mixers(
     key: str,
     dim: int,
     *,
     heads: int,
-    layer: int,
     layers: int,
     pattern: Pattern | None,
-    options: Mapping[str, object],
+    options: Mapping[str, object] | None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> Any:
-    """The mechanism `key` as layer `layer` of `layers`.
+) -> list[Any]:
+    """The mechanism `key`, once for each layer of a model.
 
-    Where its constructor has them it is given `heads`, `layer`, `layers`, rotary positions if it is causal, and
+    Where its constructor has them it is given `heads`, its ``layer`` of `layers`, rotary positions if it is causal, and
     ``residual=False``, because the block around it has the residual. `options` go before all of these.
     """
     entry = card(key)
-    given = {"heads": heads, "layer": layer, "layers": layers, "residual": False}
+    given: dict[str, object] = {"heads": heads, "layers": layers, "residual": False}
     if pattern is not None and pattern.startswith("causal") and takes_rotary(entry):
         given["position"] = "rotary"
-    known = {name: value for name, value in given.items() if name in entry.arguments}
-    return entry.build(dim, pattern=pattern, **{**known, **options}, device=device, dtype=dtype)
+
+    def build(layer: int) -> Any:
+        known = {name: value for name, value in {**given, "layer": layer}.items() if name in entry.arguments}
+        return entry.build(dim, pattern=pattern, **{**known, **(options or {})}, device=device, dtype=dtype)
+
+    return [build(layer) for layer in range(layers)]
 
 
 def takes_rotary(entry: Card) -> bool:

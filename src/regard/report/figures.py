@@ -116,7 +116,7 @@ def quality_and_speed(results: Results, task: str) -> Figure:
         f"quality-{task}",
         f"{trial.subject.capitalize()}: quality and speed",
         f"Quality: {trial.metric} of small models trained on {task}, {_count(seeds, 'seed')}, "
-        f"{samples.samples} test samples; bars are 95 % intervals over {samples.over}. Guessing gives "
+        f"{samples.samples} test samples; bars are 95% intervals over {samples.over}. Guessing gives "
         f"{score(trial, trial.guessing)}. Time: forward and backward, {_layer(results)}, {trial.pattern}. "
         "Nothing is both better and faster than a mechanism on the dotted front.",
         "ms",
@@ -129,7 +129,7 @@ def recall(results: Results) -> Figure:
     """Accuracy over the number of pairs to be kept."""
     scores = results.summary.quality["recall"]
     points = [
-        Point(name, float(pairs), value, f"/summary/quality/recall/{name}/by/{pairs}", f"{100 * value:.1f} %")
+        Point(name, float(pairs), value, f"/summary/quality/recall/{name}/by/{pairs}", f"{100 * value:.1f}%")
         for name, found in scores.items()
         for pairs, value in found.by.items()
     ]

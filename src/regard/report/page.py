@@ -78,7 +78,7 @@ def overview(results: Results) -> Table:
     return Table(
         "overview",
         "All in one table",
-        "Quality with 95 % intervals, of small models; time, memory and decoding state of one layer at "
+        "Quality with 95% intervals, of small models; time, memory and decoding state of one layer at "
         f"{longest} tokens. Exact is multi_head, softmax attention. – means that the mechanism does not do it, or that "
         "it was not measured.",
         tuple(columns),
@@ -155,7 +155,7 @@ def shares(results: Results) -> list[Table]:
                 Cell(name),
                 *(
                     Cell(
-                        f"{100 * cell.layers[name].training_share:.0f} %",
+                        f"{100 * cell.layers[name].training_share:.0f}%",
                         f"/timing/{pattern} {cell.length}/layers/{name}/training_share",
                     )
                     if name in cell.layers

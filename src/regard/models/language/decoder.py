@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.models.mixers import build_mixer
+from regard.models.mixers import build_mixers
 from regard.ops.checks import require
 
 
@@ -61,23 +61,17 @@ class DecoderBlock(nn.Module):
 
     def __init__(
         self,
-        key: str,
+        mixer: Any,
         dim: int,
-        *,
-        heads: int,
-        layer: int,
-        layers: int,
         convolution: int,
-        options: Mapping[str, object],
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.convolution = ShortConvolution(dim, convolution, **factory)
-        self.mixer = build_mixer(
-            key, dim, heads=heads, layer=layer, layers=layers, pattern="causal self", options=options, **factory
-        )
+        self.mixer = mixer
         self.norms = nn.ModuleList(nn.RMSNorm(dim, **factory) for _ in range(3))
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim, **factory), nn.GELU(), nn.Linear(4 * dim, dim, **factory))
 
@@ -129,19 +123,10 @@ class Decoder(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(vocabulary, dim, **factory)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(
-                mechanism,
-                dim,
-                heads=heads,
-                layer=layer,
-                layers=layers,
-                convolution=convolution,
-                options=options or {},
-                **factory,
-            )
-            for layer in range(layers)
+        mixers = build_mixers(
+            mechanism, dim, heads=heads, layers=layers, pattern="causal self", options=options, **factory
         )
+        self.blocks = nn.ModuleList(DecoderBlock(mixer, dim, convolution, **factory) for mixer in mixers)
         self.norm = nn.RMSNorm(dim, **factory)
         self.head = nn.Linear(dim, vocabulary, bias=False, **factory)
 

@@ -9,13 +9,14 @@ Nothing but the mechanism lets positions know of each other before the mean.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from regard.catalogue import card
-from regard.models.mixers import build_mixer, mix_grid
+from regard.models.mixers import build_mixers, mix_grid
 from regard.ops.checks import require
 
 
@@ -23,23 +24,11 @@ class EncoderBlock(nn.Module):
     """Pre-norm residual layers: mechanism, MLP."""
 
     def __init__(
-        self,
-        key: str,
-        dim: int,
-        *,
-        heads: int,
-        layer: int,
-        layers: int,
-        options: Mapping[str, object],
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        self, mixer: Any, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        pattern = None if card(key).contract.input == "feature_map" else "noncausal self"
-        self.mixer = build_mixer(
-            key, dim, heads=heads, layer=layer, layers=layers, pattern=pattern, options=options, **factory
-        )
+        self.mixer = mixer
         self.norms = nn.ModuleList(nn.RMSNorm(dim, **factory) for _ in range(2))
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim, **factory), nn.GELU(), nn.Linear(4 * dim, dim, **factory))
 
@@ -83,10 +72,9 @@ class Encoder(nn.Module):
         self.embedding = nn.Linear(features, dim, **factory)
         self.position = nn.Parameter(torch.empty(*self.grid, dim, **factory))
         nn.init.normal_(self.position)
-        self.blocks = nn.ModuleList(
-            EncoderBlock(mechanism, dim, heads=heads, layer=layer, layers=layers, options=options or {}, **factory)
-            for layer in range(layers)
-        )
+        pattern = None if card(mechanism).contract.input == "feature_map" else "noncausal self"
+        mixers = build_mixers(mechanism, dim, heads=heads, layers=layers, pattern=pattern, options=options, **factory)
+        self.blocks = nn.ModuleList(EncoderBlock(mixer, dim, **factory) for mixer in mixers)
         self.norm = nn.RMSNorm(dim, **factory)
         self.head = nn.Linear(dim, classes, **factory)
 
