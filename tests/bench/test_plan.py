@@ -199,6 +199,10 @@ def test_default_plan_times_every_length_both_ways_from_the_shortest(default_pla
     assert default_plan.timing == expected
 
 
+def test_short_lengths_are_timed_first_in_whatever_order_they_are_given():
+    assert [task.length for task in plan(mechanisms=["lightning"], lengths=[32, 8, 16]).timing] == [8, 16, 32]
+
+
 def test_default_plan_trains_each_mechanism_on_all_it_can_do(default_plan: Plan):
     found = {(task.task, str(task.variant)) for task in default_plan.quality}
     assert found == {

@@ -113,6 +113,29 @@ def test_another_seed_gives_another_training(task: str):
     assert train(task, EXACT, 3, CPU).samples != train(task, EXACT, 4, CPU).samples
 
 
+@pytest.mark.parametrize("task", [*TRIALS])
+def test_another_seed_gives_other_batches(task: str):
+    batches = []
+    for seed in (3, 4):
+        model = guesser(task)
+        TRIALS[task].loss(model, 0, torch.Generator().manual_seed(seed), CPU)
+        batches.append(model.seen[0])
+    assert not torch.equal(*batches)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_batches_come_from_a_generator_of_the_seed(monkeypatch: pytest.MonkeyPatch):
+    drawn, loss = [], TRIALS["text"].loss
+
+    def spied(model: nn.Module, step: int, random: torch.Generator, device: torch.device) -> Tensor:
+        drawn.append((step, random.initial_seed()))
+        return loss(model, step, random, device)
+
+    monkeypatch.setattr(TRIALS["text"], "loss", spied)
+    train("text", EXACT, 5, CPU)
+    assert drawn == [(0, 5), (1, 5), (2, 5)]
+
+
 @pytest.mark.usefixtures("tiny")
 def test_options_make_another_model():
     one, two = (train("text", Variant.parse(name), 3, CPU) for name in ("multi_head", "gqa:kv_heads=1"))

@@ -116,9 +116,10 @@ def test_heads_are_given_where_they_are_taken_and_options_go_before():
 
 
 @pytest.mark.parametrize("key", [key for key in regard.mechanisms() if "causal" in Variant(key).card.arguments])
-def test_pattern_cannot_be_undone_by_an_option(key: str):
+@pytest.mark.parametrize("value", ["False", "0", "None"])
+def test_pattern_cannot_be_undone_by_an_option(key: str, value: str):
     with pytest.raises((ValueError, TypeError), match="causal"):
-        Variant.parse(f"{key}:causal=False").build(32, 2, "causal self", dtype=torch.float32, device=CPU)
+        Variant.parse(f"{key}:causal={value}").build(32, 2, "causal self", dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize(

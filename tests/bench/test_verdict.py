@@ -6,6 +6,7 @@ import pytest
 from made_up import results
 
 from regard.bench.results import Results
+from regard.bench.summary import summarize
 
 NOISE = [-0.03, 0.03, -0.02, 0.02, -0.01, 0.01, 0.0, 0.0]
 CAUSAL, NONCAUSAL = "causal self", "noncausal self"
@@ -201,6 +202,15 @@ def test_few_seeds_are_confessed_and_enough_are_not():
     assert about(few, "rest on 1 seed:")
     enough = results({"text": {"multi_head": around(2.0) * 3, "gqa": around(2.0) * 3}}, tasks=["text"])
     assert not any("rest on" in text for text in sentences(enough))
+
+
+def test_times_of_a_busy_machine_are_not_to_be_trusted():
+    found = results(milliseconds={CAUSAL: {512: {"multi_head": 1, "gqa": 1}}}, tasks=[])
+    assert not any("busy" in text for text in sentences(found))
+    for layer in found.timing["causal self 512"].layers.values():
+        layer.forward.high = 1.6 * layer.forward.low
+    found.summary = summarize(found)
+    assert "in 2 of 4 timings the upper quartile is more than 1.5 times the lower" in about(found, "busy")
 
 
 def test_every_sentence_names_numbers_that_are_there():

@@ -12,6 +12,7 @@ from torch import Tensor
 from regard.tasks import text
 
 NAMES = [f"module_{number}.py" for number in range(60)]
+HELD_OUT = ["module_13.py", "module_26.py", "module_36.py", "module_46.py", "module_7.py"]
 
 
 @pytest.fixture
@@ -47,8 +48,9 @@ def test_both_sides_have_files_in_the_order_of_their_names():
 
 
 @pytest.mark.usefixtures("library")
-def test_about_one_file_in_ten_is_held_out():
-    assert 1 <= len(sides()["test"]) <= 15
+def test_the_same_files_are_held_out_everywhere():
+    """As written down once: another machine, folder or process makes no difference."""
+    assert sides()["test"] == HELD_OUT
 
 
 def test_side_of_a_file_depends_on_its_name_only(library: Path):

@@ -35,6 +35,7 @@ def run(plan: Plan, results: Results, store: Store, *, budget: float, watch: Wat
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when a worker imports torch: its profiler warns
     deadline = time.monotonic() + 60 * budget
     timing, quality = plan.waiting(results)
+    _write(results, store)
     left = 0
     for tasks, workers, threads in ((timing, 1, results.machine.threads), (quality, plan.workers, 1)):
         left += _run_all(tasks, plan, results, store, workers, threads, deadline, watch)
@@ -69,8 +70,7 @@ def _run_all(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)
                 ok = _record(task, future, results)
-                results.summary = summarize(results)
-                store.write(results)
+                _write(results, store)
                 watch(task, "done" if ok else "failed")
 
 
@@ -105,6 +105,11 @@ def _record(task: Task, future: Future, results: Results) -> bool:
     results.failures.pop(str(task), None)
     results.failures |= {f"{task} {name}": reason for name, reason in failures.items()}
     return not failures
+
+
+def _write(results: Results, store: Store) -> None:
+    results.summary = summarize(results)
+    store.write(results)
 
 
 @contextmanager

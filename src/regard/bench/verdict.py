@@ -17,6 +17,8 @@ CLOSE = 1.05
 """Times within this factor count as equal."""
 MUCH_FASTER = 1.25
 """From this factor on a faster but worse mechanism is worth a word."""
+UNSTEADY = 1.5
+"""Quartiles of a quiet machine are closer than this: nine in ten were within 1.07, on a busy one beyond 2.9."""
 SOLVED = 0.95
 """A capacity counts as held from this accuracy on."""
 
@@ -31,6 +33,7 @@ def verdict(results: Results, summary: Summary) -> list[Sentence]:
         *_capacity(summary),
         *_efficiency(results, summary),
         *_decoding(results, summary),
+        *_busy(results),
         *_caveats(summary),
     ]
 
@@ -237,6 +240,20 @@ def _decoding(results: Results, summary: Summary) -> Iterable[Sentence]:
         f"quickest, {1e6 * steps[quickest]:.0f} µs.",
         sources=["/summary/state_growth", f"/timing/{cell.pattern} {cell.length}"],
     )
+
+
+def _busy(results: Results) -> Iterable[Sentence]:
+    layers = [layer for cell in results.timing.values() for layer in cell.layers.values()]
+    times = [time for layer in layers for time in (layer.forward, layer.training, layer.step) if time is not None]
+    unsteady = sum(time.high > UNSTEADY * time.low for time in times)
+    if unsteady > len(times) / 10:
+        yield Sentence(
+            kind="caveat",
+            text=f"The machine was busy: in {unsteady} of {len(times)} timings the upper quartile is more than "
+            f"{UNSTEADY} times the lower. Do not trust the times; run again when it is quiet, with another "
+            "--out.",
+            sources=["/timing"],
+        )
 
 
 def _caveats(summary: Summary) -> Iterable[Sentence]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Annotated, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from regard import __version__
+
+NARROWEST_TABLE = 100
+"""Columns of a terminal below which a table is printed as one block per row; a wide table needs more."""
+NARROWEST_COLUMN = 11
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -40,3 +47,24 @@ def fail(problem: str, code: int = 2) -> NoReturn:
 def open_console(*, stderr: bool = False) -> Console:
     """A console that prints text as it stands: papers write [brackets] and :colons: of their own."""
     return Console(markup=False, highlight=False, emoji=False, stderr=stderr)
+
+
+def print_rows(console: Console, kind: str, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on a terminal, a block per row if it is wide and the terminal is not, tab-separated lines elsewhere."""
+    rows = [*rows]
+    if not console.is_terminal:
+        for row in rows:
+            typer.echo("\t".join((kind, *row)) if kind else "\t".join(row))
+    elif rows and len(columns) > 3 and console.width < max(NARROWEST_TABLE, NARROWEST_COLUMN * len(columns)):
+        console.print(title, style="bold")
+        for key, *rest in rows:
+            console.print(f"\n{key}")
+            for name, field in zip(columns[1:], rest, strict=True):
+                console.print(f"  {name}: {field}")
+        console.print()
+    elif rows:
+        table = Table(*columns, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        table.columns[0].min_width = max(len(key) for key, *_ in rows)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)

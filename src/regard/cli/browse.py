@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import groupby
 from typing import Annotated, get_args
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from regard.catalogue import Card, Contract, Paper, Pattern, card, mechanisms, paper, papers
 from regard.catalogue.contract import Input
-from regard.cli.app import app, fail, open_console
+from regard.cli.app import app, fail, open_console, print_rows
 
 MECHANISM_COLUMNS = ("key", "summary", "input", "patterns", "state", "map", "source")
 PAPER_COLUMNS = ("key", "what must work", "wave", "room", "source")
 SOURCE_FIELDS = ("key", "title", "year", "arxiv")
-NARROWEST_TABLE = 100
-"""Columns of a terminal below which a table is printed as one block per row."""
 
 
 @app.command("list")
@@ -83,33 +79,12 @@ def _print_list(console: Console, cards: Sequence[Card], rows: Sequence[Paper]) 
     shown = {source.key for entry in cards for source in entry.papers}
     done = [row for row in rows if row.implemented and row.key not in shown]
     waiting = sorted((row for row in rows if not row.implemented), key=lambda row: row.wave or 0)
-    _print_rows(console, "mechanism", "Mechanisms", MECHANISM_COLUMNS, map(_card_fields, cards))
-    _print_rows(console, "implemented", "Implemented beside them", PAPER_COLUMNS, map(_paper_fields, done))
+    print_rows(console, "mechanism", "Mechanisms", MECHANISM_COLUMNS, map(_card_fields, cards))
+    print_rows(console, "implemented", "Implemented beside them", PAPER_COLUMNS, map(_paper_fields, done))
     for number, group in groupby(waiting, key=lambda row: row.wave):
-        _print_rows(console, "open", f"Open, wave {number}", PAPER_COLUMNS, map(_paper_fields, group))
+        print_rows(console, "open", f"Open, wave {number}", PAPER_COLUMNS, map(_paper_fields, group))
     if console.is_terminal:
         console.print(f"{len(cards)} mechanisms, {len(done)} papers implemented beside them, {len(waiting)} open")
-
-
-def _print_rows(console: Console, kind: str, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on a terminal, a block per row if it is wide and the terminal is not, tab-separated lines elsewhere."""
-    rows = [*rows]
-    if not console.is_terminal:
-        for row in rows:
-            typer.echo("\t".join((kind, *row)) if kind else "\t".join(row))
-    elif rows and console.width < NARROWEST_TABLE and len(columns) > 3:
-        console.print(title, style="bold")
-        for key, *rest in rows:
-            console.print(f"\n{key}")
-            for name, field in zip(columns[1:], rest, strict=True):
-                console.print(f"  {name}: {field}")
-        console.print()
-    elif rows:
-        table = Table(*columns, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-        table.columns[0].no_wrap = True
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
 
 
 def _show_card(console: Console, entry: Card) -> None:
@@ -119,22 +94,22 @@ def _show_card(console: Console, entry: Card) -> None:
     contract = [
         (item.name, _say(getattr(entry.contract, item.name))) for item in fields(Contract) if item.name != "options"
     ]
-    _print_rows(console, "", "Contract", ("declares", "value"), contract)
+    print_rows(console, "", "Contract", ("declares", "value"), contract)
     _print_text(console, "")
     arguments = [
         (name, "required" if item.default is item.empty else repr(item.default), _type(item.annotation))
         for name, item in inspect.signature(entry.cls).parameters.items()
     ]
-    _print_rows(console, "", "Arguments", ("argument", "default", "type"), arguments)
+    print_rows(console, "", "Arguments", ("argument", "default", "type"), arguments)
     _print_text(console, "")
     options = [(str(option), _say(option.changes)) for option in entry.option_sets()]
-    _print_rows(console, "", "Proved with", ("option set", "which changes"), options)
+    print_rows(console, "", "Proved with", ("option set", "which changes"), options)
 
 
 def _show_paper(console: Console, row: Paper) -> None:
     known_as = ", ".join(key for key in mechanisms() if row in card(key).papers)
     _print_text(console, f"{row.key}: {row.cite()}")
-    _print_rows(
+    print_rows(
         console,
         "",
         "In the papers table",

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from regard.cli.app import app, fail, open_console
+from regard.cli.app import app, fail, open_console, print_rows
 
 if TYPE_CHECKING:
     from regard.bench.plan import Plan
@@ -139,14 +137,9 @@ def _print(results: Results) -> None:
 
     console, content = open_console(), overview(results)
     rows = [[cell.text for cell in row] for row in content.rows]
-    if console.is_terminal:
-        table = Table(*content.columns, title=content.title, title_justify="left", box=SIMPLE_HEAD)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    else:
-        for row in [content.columns, *rows]:
-            typer.echo("\t".join(row))
+    if not console.is_terminal:
+        rows.insert(0, [*content.columns])
+    print_rows(console, "", content.title, content.columns, rows)
     for sentence in results.summary.verdict:
         console.print(f"• {sentence.text}", soft_wrap=not console.is_terminal)
     for what, why in results.failures.items():
