@@ -33,6 +33,7 @@ def run(plan: Plan, results: Results, store: Store, *, budget: float, watch: Wat
     disk; an exception, Ctrl-C included, ends the processes at work and loses only what they were at.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when a worker imports torch: its profiler warns
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on CUDA may differ between runs
     deadline = time.monotonic() + 60 * budget
     timing, quality = plan.waiting(results)
     _write(results, store)
