@@ -170,6 +170,7 @@ def test_a_spent_budget_is_told_and_the_rest_can_follow(tmp_path: Path):
         (("--lengths", "many"), "--lengths 'many': give whole numbers"),
         (("--lengths", "0"), "lengths 0; give positive numbers"),
         (("--dim", "10", "--heads", "4", "--mechanisms", "multi_head"), "heads 4 does not divide dim 10"),
+        (("--mechanisms", "dinat:kernel_size=(3,4)", "--task", "none"), "kernel_size (3, 4)"),
         (("--dtype", "int8"), "dtype 'int8' is not known; valid values: float32, bfloat16, float16"),
         (("--device", "abacus"), "device 'abacus' cannot be used"),
         (("--budget", "0"), "budget 0 minutes; give a positive number"),

@@ -337,3 +337,9 @@ def test_summary_has_every_task_and_mechanism_that_was_trained():
     assert made.summary.equal_to_best == {"text": ["multi_head", "gqa"], "digits": ["multi_head"]}
     assert made.summary.pareto == {"text": ["gqa"], "digits": []}
     assert made.summary.verdict
+
+
+def test_best_is_not_who_missed_a_hard_seed():
+    easy_and_hard = seeds("digits", [0.95] * 9, [0.5] * 9)
+    only_easy = seeds("digits", [0.9] * 9)
+    assert equal_to_best(DIGITS, {"all": easy_and_hard, "some": only_easy})[0] == "all"

@@ -255,3 +255,8 @@ def test_short_convolution_does_not_see_later_tokens():
     later[:, 5:] += 1
     assert torch.equal(layer(later)[:, :5], layer(x)[:, :5])
     assert (layer(later)[:, 5] != layer(x)[:, 5]).all()
+
+
+def test_mechanism_over_a_grid_is_refused():
+    with pytest.raises(ValueError, match="mechanism 'dinat' takes a grid; choose one of"):
+        Decoder(VOCABULARY, "dinat")

@@ -8,18 +8,16 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 
 import torch
-from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
+from regard.bench.flops import flops
 from regard.testing.checks.memory import peak_recorded
 
 GEMM_SIZE, COPY_BYTES = 1024, 2**27
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::conv2d")
-_FUSED = "aten::scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
@@ -92,17 +90,14 @@ def gemm_limit() -> float:
 
 
 def work(call: Callable[[], object], device: torch.device) -> Work:
-    """What `call` does, counted by torch's profiler: products inside operators of our own are seen too.
-
-    An SDPA counts its two products, half of them if it is causal, and five for its backward.
-    """
+    """What `call` does, by torch's profiler."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
     on_cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if on_cuda else 0
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     activities = [ProfilerActivity.CPU]
-    with profile(activities=activities, profile_memory=True, record_shapes=True, with_flops=True) as recorded:
+    with profile(activities=activities, profile_memory=True, record_shapes=True) as recorded:
         call()
         synchronize(device)
     peak = None
@@ -110,23 +105,7 @@ def work(call: Callable[[], object], device: torch.device) -> Work:
         peak = torch.cuda.max_memory_allocated(device) - before
     elif device.type == "cpu":
         peak = peak_recorded(recorded)
-    return Work(_flops(recorded), peak)
-
-
-def _flops(recorded: profile) -> float:
-    events = recorded.events() or []
-    products = sum(event.flops or 0 for event in events if event.name in _PRODUCTS)
-    fused = [_fused_flops(event) for event in events if event.name == _FUSED]
-    backward = any("scaled_dot_product" in event.name and "backward" in event.name for event in events)
-    return products + sum(fused) * (3.5 if backward else 1.0)
-
-
-def _fused_flops(event: FunctionEvent) -> float:
-    shapes: list[list[int]] = event.input_shapes[:3]  # pyright: ignore[reportAssignmentType] the stubs say flat
-    query, key, value = shapes
-    causal = event.concrete_inputs[5]
-    pairs = prod(query[:-1]) * key[-2]
-    return 2.0 * pairs * (query[-1] + value[-1]) * (0.5 if causal else 1.0)
+    return Work(flops(recorded.events() or ()), peak)
 
 
 def processor() -> str:

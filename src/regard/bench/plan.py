@@ -73,7 +73,7 @@ class Plan:
         """Short lengths first."""
         return [
             TimingTask(pattern, length)
-            for length in sorted(self.settings.lengths)
+            for length in sorted({*self.settings.lengths})
             for pattern in PATTERNS
             if any(variant.attends(pattern) for variant in self.variants)
         ]
@@ -84,7 +84,7 @@ class Plan:
         return [
             QualityTask(task, variant, self.settings.seed + seed)
             for seed in range(self.seeds)
-            for task in self.settings.tasks
+            for task in dict.fromkeys(self.settings.tasks)
             for variant in self.variants
             if TRIALS[task].takes(variant)
         ]
@@ -107,7 +107,7 @@ def make_plan(settings: Settings, budget: float, *, threads: int) -> Plan:
     variants = _variants(settings)
     _check_tasks(settings, variants)
     _check_shape(settings, variants)
-    if budget <= 0:
+    if not budget > 0:
         raise Refusal(f"budget {budget:g} minutes; give a positive number")
     plan = Plan(settings, variants, 1, min(threads, MOST_WORKERS) if settings.device == "cpu" else 1)
     _check_runs(plan)
@@ -117,7 +117,7 @@ def make_plan(settings: Settings, budget: float, *, threads: int) -> Plan:
 def _variants(settings: Settings) -> tuple[Variant, ...]:
     try:
         variants = tuple(dict.fromkeys(map(Variant.parse, settings.mechanisms)))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise Refusal(str(error)) from None
     for variant in variants:
         if not any(variant.attends(pattern) for pattern in PATTERNS):
@@ -134,7 +134,8 @@ def _check_tasks(settings: Settings, variants: tuple[Variant, ...]) -> None:
             raise Refusal(f"task {task!r} is not known; valid values: {', '.join(TRIALS)}, or none")
         if not any(map(TRIALS[task].takes, variants)):
             given, needed = ", ".join(map(str, variants)), TRIALS[task].pattern
-            raise Refusal(f"task {task} needs {needed!r}, which {given} cannot do; add a mechanism that can")
+            over = " over tokens" if any(variant.attends(needed) for variant in variants) else ""
+            raise Refusal(f"task {task} needs {needed!r}{over}, which {given} cannot do; add a mechanism that can")
 
 
 def _check_shape(settings: Settings, variants: tuple[Variant, ...]) -> None:

@@ -59,11 +59,11 @@ def interval(trial: Trial, cells: Sequence[QualityCell]) -> Interval:
         low, high = stats.binomtest(round(score * count), count).proportion_ci(method="wilson")
     else:
         low, high = _normal(samples)
-    levels = cells[0].by
+    levels, most = cells[0].by, 1.0 if trial.metric == "accuracy" else math.inf
     return Interval(
         score=score,
-        low=min(float(low), score),
-        high=max(float(high), score),
+        low=min(max(float(low), 0.0), score),
+        high=max(min(float(high), most), score),
         over="seeds" if len(cells) >= FEWEST_SEEDS else "test samples",
         seeds=len(cells),
         samples=count,
@@ -78,6 +78,10 @@ def equal_to_best(trial: Trial, cells: Mapping[str, Sequence[QualityCell]]) -> l
     seeds in common it is the interval sample by sample, and it lies beyond what the luck of a training explains.
     """
     sign = 1 if trial.better == "higher" else -1
+    # A budget may end among the mechanisms of a seed: whoever missed a hard seed is not better for it.
+    common = set.intersection(*({cell.seed for cell in found} for found in cells.values()))
+    if common:
+        cells = {name: [cell for cell in found if cell.seed in common] for name, found in cells.items()}
     ranked = sorted(cells, key=lambda name: -sign * fmean(cell.score for cell in cells[name]))
     best = cells[ranked[0]]
     equal = []

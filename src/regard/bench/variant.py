@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+import inspect
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -38,10 +39,17 @@ class Variant:
                 f"{assignment!r} in {text!r} sets nothing",
                 "write key:name=value, e.g. window:window=64:sinks=4",
             )
+            require(name not in dict(options), key, f"argument {name!r} is given twice in {text!r}", "give it once")
             require(
                 name in arguments, key, f"argument {name!r} is not known", f"it takes {', '.join(sorted(arguments))}"
             )
             options.append((name, _literal(value)))
+        for name, value in options:
+            default = inspect.signature(card(key).cls).parameters[name].default
+            require(
+                not isinstance(default, bool) or isinstance(value, bool), key, f"{name} {value!r}", "give True or False"
+            )
+            require(isinstance(value, Hashable), key, f"{name} {value!r}", "give a number, a word or a tuple")
         return cls(key, tuple(options))
 
     def __str__(self) -> str:
@@ -82,6 +90,7 @@ def _plane(length: int) -> tuple[int, int]:
 
 
 def _literal(text: str) -> object:
+    """A Python value, or the text itself: positions, normalizations and the like are words."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

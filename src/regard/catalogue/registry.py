@@ -55,10 +55,11 @@ class Card:
             one_of(self.key, "pattern", pattern, self.contract.patterns)
             if "causal" in self.arguments:
                 causal = pattern.startswith("causal")
+                given = arguments.get("causal", causal)
                 require(
-                    arguments.get("causal", causal) is not (not causal),
+                    (any(given) if isinstance(given, tuple) else given) is causal,
                     self.key,
-                    f"causal={not causal} with pattern {pattern!r}",
+                    f"causal={given!r} with pattern {pattern!r}",
                     "give one of them",
                 )
                 arguments = {"causal": causal, **arguments}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -147,7 +148,8 @@ def _print(results: Results) -> None:
 
 
 def _items(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
+    """What stands between commas, those of a tuple aside."""
+    return [item.strip() for item in re.split(r",(?![^()]*\))", text) if item.strip()]
 
 
 def _numbers(option: str, text: str) -> list[int]:

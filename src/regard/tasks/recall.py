@@ -3,11 +3,12 @@
 
     k1 v1 k2 v2 … kP vP  · · k2 · · · k7 · k1 · …        after each queried key the model must give its value
 
-Every pair stands once at the start and its key is asked for once later, at a distance drawn without replacement from
-the power law p(g) ∝ g^(a − 1). Keys and values are different tokens, each at most once in a sequence.
+Every pair stands once at the start and its key is asked for once later, at a place drawn without replacement from the
+power law p(g) ∝ g^(a − 1), where g counts steps of two tokens from the end of the pairs. Keys and values are different
+tokens, each at most once in a sequence.
 
 Differences: fillers are drawn from the values and never are keys, so that the task can be solved exactly in a small
-vocabulary; the source draws them from the whole of one with 8192 tokens.
+vocabulary; the authors' generator draws them from the whole of one with 8192 tokens, and leaves key 0 out.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ def windows(
     text: UInt8[Tensor, "bytes"], count: int, length: int, random: torch.Generator
 ) -> Int[Tensor, "count length"]:
     """`count` pieces of `length` bytes from anywhere."""
+    require(len(text) >= length, "text", f"length {length} of {len(text)} bytes", "ask for less")
     starts = torch.randint(len(text) - length + 1, (count, 1), generator=random)
     return text[starts + torch.arange(length)].long()
 
@@ -43,5 +44,5 @@ def windows(
 def pieces(text: UInt8[Tensor, "bytes"], count: int, length: int) -> Int[Tensor, "count length"]:
     """`count` pieces of `length` bytes at equal distances: the same ones always."""
     require(len(text) >= length, "text", f"length {length} of {len(text)} bytes", "ask for less")
-    starts = torch.linspace(0, len(text) - length, count).long()
+    starts = torch.linspace(0, len(text) - length, count, dtype=torch.float64).long()
     return text[starts[:, None] + torch.arange(length)].long()

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regard.catalogue import card
 from regard.models.mixers import build_mixers
 from regard.ops.checks import require
 
@@ -119,6 +120,12 @@ class Decoder(nn.Module):
         super().__init__()
         for name, value in (("vocabulary", vocabulary), ("layers", layers), ("convolution", convolution)):
             require(value > 0, "Decoder", f"{name} {value}", "give a positive number")
+        require(
+            card(mechanism).contract.input != "grid",
+            "Decoder",
+            f"mechanism {mechanism!r} takes a grid",
+            "choose one of mechanisms(pattern='causal self', input='tokens')",
+        )
         self.mechanism = mechanism
         factory = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(vocabulary, dim, **factory)
