@@ -11,14 +11,21 @@ from torch import Tensor
 from regard.ops.biases import Alibi, Bias, RelativeBias
 from regard.ops.masks import (
     Blocks,
+    CandidateIsolation,
     Causal,
+    CausalCross,
+    CompositeModality,
     Dense,
     Dilated,
     Keys,
+    LocalBlocks,
     Mask,
+    MixedBidirectionalVision,
+    ModalityMutual,
     Padding,
     Prefix,
     Segments,
+    Sharded,
     Sinks,
     Window,
 )
@@ -72,6 +79,21 @@ def base_masks(draw: st.DrawFn, size: Sizes) -> Mask:
     def flags(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=random) < draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
 
+    def ids(*shape: int) -> Tensor:
+        return torch.randint(0, 4, shape, generator=random).sort(-1).values
+
+    def over_keys() -> tuple[int, ...]:
+        return draw(st.sampled_from([(size.keys,), (size.batch, size.keys)]))
+
+    def sharded(places: Tensor | None = None) -> Mask:
+        numbers = [draw(st.integers(1, most)) for most in (70, 4, 5)]
+        group = draw(st.sampled_from([1, size.heads // size.key_heads]))
+        return Sharded(*numbers, draw(st.integers(0, 2)), draw(st.integers(0, 3)), group, places)
+
+    def frames() -> int | Tensor:
+        most = -(-size.keys // 7)
+        return draw(st.sampled_from([most, torch.randint(0, most + 1, (size.batch,), generator=random)]))
+
     kinds = {
         "causal": lambda: Causal(),
         "window": lambda: Window(draw(small), draw(small)),
@@ -83,14 +105,24 @@ def base_masks(draw: st.DrawFn, size: Sizes) -> Mask:
         "padding": lambda: Padding(torch.randint(0, size.keys + 1, (size.batch,), generator=random)),
         "keys": lambda: Keys(flags(size.keys)),
         "keys of each": lambda: Keys(flags(size.batch, size.keys)),
-        "segments": lambda: Segments(
-            torch.randint(0, 4, (size.batch, size.keys), generator=random).sort(-1).values,
-            torch.randint(0, 4, (size.batch, size.queries), generator=random).sort(-1).values,
-        ),
+        "segments": lambda: Segments(ids(size.batch, size.keys), ids(size.batch, size.queries)),
         "dense": lambda: Dense(flags(size.queries, size.keys)),
         "dense by head": lambda: Dense(flags(1, size.heads, size.queries, size.keys)),
         "dense by sample and head": lambda: Dense(flags(size.batch, size.heads, size.queries, size.keys)),
+        "local blocks": lambda: LocalBlocks(draw(st.integers(1, n)), draw(st.integers(1, 4))),
+        "sharded": sharded,
+        "causal cross": lambda: CausalCross(size.queries, frames(), 7, size.keys),
     }
+    if size.queries <= size.keys:
+        kinds |= {
+            "sharded packed": lambda: sharded(Segments(ids(*over_keys())).places()),
+            "modality mutual": lambda: ModalityMutual(flags(*over_keys()), flags(*over_keys())),
+            "composite": lambda: CompositeModality(flags(*over_keys()), draw(st.booleans())),
+            "bidirectional vision": lambda: MixedBidirectionalVision.from_visual(flags(*over_keys())),
+            "candidates": lambda: CandidateIsolation(
+                ids(*over_keys()), draw(st.sampled_from(["arrow", "one_way", "diagonal"]))
+            ),
+        }
     return kinds[draw(st.sampled_from(sorted(kinds)))]()
 
 

@@ -44,7 +44,7 @@ def assert_engine_is_reference(backend, dtype, size, mask, bias, normalizer, dro
 
 
 @ENGINE_SETTINGS
-@given(st.data(), st.sampled_from(["softmax", "sigmoid", "relu"]), st.sampled_from([0.0, 0.4]))
+@given(st.data(), st.sampled_from(["softmax", "sigmoid", "relu", "softplus_l1"]), st.sampled_from([0.0, 0.4]))
 def test_tiled_equals_reference_in_float64(data, normalizer, dropout):
     size = data.draw(sizes())
     mask, bias = data.draw(masks(size)), data.draw(biases(size, torch.float64))
@@ -144,7 +144,7 @@ def test_half_types_keep_float32_statistics(normalizer, dtype):
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
-@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "softplus_l1"])
 def test_gradcheck(backend, normalizer):
     query, key, value = Sizes(1, 4, 2, 5, 6, 3, 2).tensors(torch.float64, 0)
     table = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
@@ -198,7 +198,7 @@ def test_sigmoid_bias_defaults_to_minus_log_of_the_keys_in_sight():
     torch.testing.assert_close(padded, short)
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "relu"])
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "relu", "softplus_l1"])
 def test_weights_times_value_is_the_output(normalizer):
     query, key, value = Sizes(2, 4, 2, 9, 12, 4, 3).tensors(torch.float64, 0)
     weights = attention_weights(query, key, mask=Causal(), normalizer=normalizer)

@@ -9,7 +9,8 @@ import torch
 
 from regard.ops.biases import Alibi, RelativeBias
 from regard.ops.cache import KeyValueCache
-from regard.ops.positions import grid_positions, rotary, sinusoidal
+from regard.ops.linear import linear_attention
+from regard.ops.positions import grid_positions, layer_decay, lrpe, lrpe_angles, rotary, sinusoidal
 
 
 def dense(bias, queries, keys, heads):
@@ -124,6 +125,50 @@ def test_rotary_of_half_types_keeps_far_positions_apart():
     found = rotary(x, torch.tensor([100_000, 100_001]))
     exact = rotary(x.double(), torch.tensor([100_000, 100_001]))
     assert (found.double() - exact).abs().max() < 0.05
+
+
+def test_lrpe_scores_depend_on_offsets_only_and_are_cosines_of_them():
+    query, key = (torch.randn(2, 3, 7, 4, dtype=torch.float64) for _ in range(2))
+    angles, places = torch.randn(3, 4, dtype=torch.float64), torch.arange(7)
+    found = lrpe(query, places, angles) @ lrpe(key, places, angles).mT
+    moved = torch.stack([places + 5, places + 1000])
+    torch.testing.assert_close(lrpe(query, moved, angles) @ lrpe(key, moved, angles).mT, found)
+    turns = ((places[:, None] - places)[..., None] * angles[:, None, None]).cos()
+    torch.testing.assert_close(found, torch.einsum("bhsd,bhtd,hstd->bhst", query, key, turns))
+
+
+def test_lrpe_with_decay_is_a_linear_attention_that_trains_its_angles():
+    query, key, value = (torch.randn(2, 4, 70, 3, dtype=torch.float64) for _ in range(3))
+    angles, places = lrpe_angles(4, 3).double().requires_grad_(), torch.arange(70)
+    decay = layer_decay(4, 1, 3).double() / 8
+    found = linear_attention(lrpe(query, places, angles), lrpe(key, places, angles), value, log_decay=decay)
+    offsets = places[:, None] - places
+    turns = (offsets[..., None] * angles[:, None, None]).cos()
+    weights = torch.einsum("bhsd,bhtd,hstd->bhst", query, key, turns) * (offsets * decay[:, None, None]).exp()
+    dense = weights.tril() @ value
+    torch.testing.assert_close(found, dense)
+    grads = [torch.autograd.grad(out.sin().sum(), angles)[0] for out in (found, dense)]
+    torch.testing.assert_close(*grads)
+
+
+def test_lrpe_starts_from_one_row_of_wavelengths_over_all_heads_and_decays_less_in_later_layers():
+    assert lrpe_angles(2, 3).flatten().tolist() == pytest.approx([10000 ** (-i / 3) for i in range(6)])
+    assert layer_decay(4).tolist() == [-2, -4, -6, -8]
+    assert layer_decay(4, 3, 4).tolist() == [-0.5, -1, -1.5, -2]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: lrpe(torch.zeros(1, 2, 5, 4), torch.arange(5), torch.zeros(1, 4)), r"angles of shape \(1, 4\)"),
+        (lambda: lrpe(torch.zeros(1, 2, 5, 4), torch.arange(4), torch.zeros(2, 4)), r"positions of shape \(4,\)"),
+        (lambda: layer_decay(4, 3, 3), "layer 3 of 3"),
+        (lambda: layer_decay(0), "heads 0"),
+    ],
+)
+def test_bad_lrpe_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_sinusoidal_is_the_papers_table():

@@ -37,7 +37,8 @@ def attention(
         mask: who may look at whom (`regard.ops.masks`); None allows all. With unequal lengths query i stands at key
             ``keys − queries + i``. A query that may look at nothing gets zeros and no gradient.
         bias: what is added to the scaled scores (`regard.ops.biases`).
-        normalizer: ``"softmax"``, ``"sigmoid"``, ``"relu"`` or a `Normalizer`.
+        normalizer: ``"softmax"``, ``"sigmoid"``, ``"relu"``, ``"softplus_l1"``, ``"layer_norm_scores"``, ``"reversed"``
+            or a `Normalizer`. The last two need whole rows (columns), which only the reference engine has.
         scale: factor on ``q kᵀ``; ``head_dim ** −0.5`` by default.
         dropout: probability of dropping a weight, in [0, 1). The pattern follows torch's seed and is the same in every
             engine that takes dropout. Nothing here knows of train and eval: pass 0 when evaluating.

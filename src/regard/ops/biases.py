@@ -128,7 +128,7 @@ class RelativeBias(Bias):
         )
         if self.bidirectional_buckets is None:
             reach = self.max_distance if isinstance(self.max_distance, tuple) else (self.max_distance,)
-            entries = prod(2 * distance + 1 for distance in reach)
+            entries = prod([2 * distance + 1 for distance in reach])
             require(
                 self.table.ndim == 2 and self.table.shape[1] == entries,
                 "RelativeBias",

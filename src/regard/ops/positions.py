@@ -1,4 +1,5 @@
-"""Positions: rotary embedding of queries and keys in one or several dimensions, and sinusoidal embedding of inputs."""
+"""Positions: rotary embedding of queries and keys in one or several dimensions, its learnable form for linear
+attention, and sinusoidal embedding of inputs."""
 
 from __future__ import annotations
 
@@ -66,6 +67,57 @@ def rotary(
         for axis, part in enumerate(x[..., :turned].chunk(axes, dim=-1))
     ]
     return torch.cat([*(part.to(x.dtype) for part in parts), x[..., turned:]], dim=-1)
+
+
+def lrpe(
+    x: Float[Tensor, "batch heads length head_dim"],
+    positions: Int[Tensor, ...],
+    angles: Float[Tensor, "heads head_dim"],
+) -> Float[Tensor, "batch heads length doubled"]:
+    """Every feature of queries and keys as a vector of two, turned by its own learnable angle: ``q_s · k_t`` becomes
+    ``Σ_d q_sd k_td cos(angles_d (s − t))``.
+
+    The linearised relative positional encoding of "Scaling TransNormer to 175 Billion Parameters", 2023, arXiv
+    2307.14995. As a map of queries and of keys alone it goes before `linear_attention`, whose ``log_decay`` adds the
+    decay of LRPE-d (`layer_decay`). The result is twice as wide as `x`, in its type; angles are computed in at least
+    float32. `positions` are (N,) or (B, N). `lrpe_angles` gives the angles training starts from.
+    """
+    batch, heads, length, head_dim = x.shape
+    require(
+        tuple(angles.shape) == (heads, head_dim),
+        "lrpe",
+        lambda: f"angles of shape {tuple(angles.shape)} for x of shape {tuple(x.shape)}",
+        lambda: f"give {(heads, head_dim)}",
+    )
+    require(
+        tuple(positions.shape) in ((length,), (batch, length)),
+        "lrpe",
+        lambda: f"positions of shape {tuple(positions.shape)}",
+        lambda: f"give {(length,)} or {(batch, length)}",
+    )
+    dtype = statistics_dtype(x.dtype)
+    places = positions.to(dtype)[..., None] if positions.ndim == 1 else positions.to(dtype)[:, None, :, None]
+    turns = places * angles.to(dtype)[:, None, :]
+    return torch.cat([x.to(dtype) * turns.cos(), x.to(dtype) * turns.sin()], dim=-1).to(x.dtype)
+
+
+def lrpe_angles(
+    heads: int, head_dim: int, *, base: float = 10000.0, device: torch.device | str | None = None
+) -> Float[Tensor, "heads head_dim"]:
+    """``base^(−2 i / (heads · head_dim))`` for the i-th feature of all heads, the fastest in the first head."""
+    features = heads * head_dim
+    exponents = torch.arange(features, dtype=torch.float64, device=device) * (-2 / features)
+    return (base**exponents).view(heads, head_dim).to(torch.float32)
+
+
+def layer_decay(
+    heads: int, layer: int = 0, layers: int = 1, *, device: torch.device | str | None = None
+) -> Float[Tensor, " heads"]:
+    """Log-decays of LRPE-d, ``−(8 h / heads) (1 − layer / layers)`` for h = 1 … heads: later layers see further."""
+    require(heads > 0, "layer_decay", f"heads {heads}", "give a positive number")
+    require(0 <= layer < layers, "layer_decay", f"layer {layer} of {layers}", "count from 0 to layers − 1")
+    head = torch.arange(1, heads + 1, dtype=torch.float32, device=device)
+    return head * (-8 / heads * (1 - layer / layers))
 
 
 def sinusoidal(positions: Int[Tensor, "*shape"], dim: int, *, base: float = 10000.0) -> Float[Tensor, "*shape dim"]:

@@ -25,7 +25,7 @@ from regard.catalogue import OptionSet, Paper, register
 from regard.nn.attention import ATTENTION, Attention, Position
 from regard.ops.attention import attention
 from regard.ops.checks import one_of, require
-from regard.ops.masks import And, Causal, Keys, Mask, Segments, Sinks, Window
+from regard.ops.masks import Causal, Keys, Mask, Sinks, Window, segments_of
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class WindowAttention(Attention):
     def full_mask(self, mask: Mask | None) -> Mask:
         near = Window(self.window - 1, 0) if self.causal else Window(self.window // 2)
         if self.sinks:
-            segments = _segments(mask)
+            segments = segments_of(mask)
             first = Sinks(self.sinks) if segments is None else Keys(segments.places() < self.sinks)
             near = Causal() & (near | first) if self.causal else near | first
         return near if mask is None else near & mask
@@ -136,10 +136,3 @@ class WindowAttention(Attention):
             return tokens
         recent = tokens[:, :, tokens.shape[2] - (self.window - 1) :]
         return torch.cat([tokens[:, :, : self.sinks], recent], dim=2)
-
-
-def _segments(mask: Mask | None) -> Segments | None:
-    """The packed sequences a mask asks for, each of which has its own sinks."""
-    if isinstance(mask, And):
-        return _segments(mask.left) or _segments(mask.right)
-    return mask if isinstance(mask, Segments) else None

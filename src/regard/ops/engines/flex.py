@@ -19,7 +19,7 @@ def refuses(call: Call) -> str | None:
     """Why this engine cannot take `call`, or None."""
     device = call.query.device.type
     if not call.is_softmax:
-        return f"FlexAttention has no {call.normalizer!r}"
+        return f"FlexAttention has no {type(call.normalizer).__name__}"
     if call.dropout > 0:
         return "FlexAttention has no dropout"
     if device not in ("cpu", "cuda"):

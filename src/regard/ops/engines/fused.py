@@ -13,7 +13,7 @@ from regard.ops.masks import Causal
 def refuses(call: Call) -> str | None:
     """Why this engine cannot take `call`, or None."""
     if not call.is_softmax:
-        return f"scaled_dot_product_attention has no {call.normalizer!r}"
+        return f"scaled_dot_product_attention has no {type(call.normalizer).__name__}"
     if call.needs_lse:
         return "scaled_dot_product_attention does not return the log-sum-exp"
     if call.dropout > 0:

@@ -1,4 +1,4 @@
-"""How a row of tiles becomes weights: with a statistic carried along (softmax), or score by score."""
+"""How a row of tiles becomes weights: with a statistic carried along (softmax), with two, or score by score."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from regard.ops.engines.tile_loop import BackwardTiles, Step, TileLoop
 from regard.ops.masks import Mask
 from regard.ops.masks.plan import KeyRange
-from regard.ops.normalizers import Normalizer, Pointwise
+from regard.ops.normalizers import Normalizer, Pointwise, SoftplusL1
 
 
 class SoftmaxLoop(TileLoop):
@@ -125,6 +125,90 @@ class _PointwiseBackward(BackwardTiles):
         return weights, grad_scores
 
 
+class SoftplusLoop(TileLoop):
+    """Two statistics: the row's sum of softplus, then, in a second walk, the sum of what re-weighting makes of it."""
+
+    empty_lse = -torch.inf
+    normalizer: SoftplusL1
+
+    def mix(self, step: Step) -> tuple[Tensor, Tensor]:
+        query, counts = self.scaled_query(step), self.counts(step)
+        level = query.new_full((*query.shape[:2], 1), -torch.inf)
+        for keys in step.ranges:
+            level = torch.logaddexp(level, self.logs(query, counts, step, keys)[1].logsumexp(-1, keepdim=True))
+        shift = _finite(level)
+        mixed, total = query.new_zeros(*query.shape[:2], self.value.shape[-1]), self.floor(level)
+        for keys in step.ranges:
+            logs, _ = self.normalizer.sharpened(self.logs(query, counts, step, keys)[1] - shift, counts)
+            more = logs.logsumexp(-1, keepdim=True)
+            weights, kept = (logs - _finite(more)).exp_(), self.kept(step, keys)
+            if kept is not None:
+                weights.mul_(kept)
+            mixed, total = _merge(mixed, total, torch.bmm(weights, self.keys_of(self.value, step, keys)), more)
+        return mixed, level
+
+    def logs(self, query: Tensor, counts: Tensor, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
+        """Scores of a range of keys, and the logarithms of their softplus."""
+        scores = self.scores(query, self.keys_of(self.key, step, keys), step, keys)
+        return scores, self.normalizer.logs(scores, counts)
+
+    def floor(self, level: Tensor) -> Tensor:
+        """What the sum over re-weighted shares starts from, as a logarithm."""
+        return torch.full_like(level, -torch.inf if self.normalizer.power is None else self.normalizer.LOG_EPSILON)
+
+    def backward_over(self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> BackwardTiles:
+        return _SoftplusBackward(self, out, lse, grad_out)
+
+
+class _SoftplusBackward(BackwardTiles):
+    """``dS = (U − A Σ_j U) f′(S)`` with ``U = W′ ∘ (dP − δ)``; A are the shares, W′ how a weight follows its share."""
+
+    def __init__(self, loop: SoftplusLoop, out: Tensor, lse: Tensor, grad_out: Tensor) -> None:
+        self.loop, self.lse = loop, lse
+        self.delta = torch.linalg.vecdot(grad_out.to(loop.dtype), out.to(loop.dtype))
+
+    def enter(self, step: Step, query: Tensor, grad: Tensor) -> None:
+        place = (step.rows, slice(None), slice(*step.queries))
+        level = self.lse[place].flatten(1, 2)[..., None]
+        self.level, self.shift = _finite(level), self.delta[place].flatten(1, 2)[..., None]
+        self.query, self.grad, self.counts = query, grad, self.loop.counts(step)
+        self.total, self.sum = self.loop.floor(level), torch.zeros_like(level)
+        for keys in step.ranges:
+            _, _, logs, steepness = self._logs(step, keys)
+            total = torch.logaddexp(self.total, logs.logsumexp(-1, keepdim=True))
+            self.sum.mul_((self.total - _finite(total)).exp_())
+            self.total = total
+            self.sum.add_(self._grad_logs(step, keys, steepness)[0].sum(-1, keepdim=True))
+
+    def tile(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
+        scores, softplus, logs, steepness = self._logs(step, keys)
+        slope = self.loop.normalizer.slope(scores, softplus, self.counts)
+        grad_scores, kept = self._grad_logs(step, keys, steepness)
+        grad_scores.sub_((softplus - self.level).exp_().mul_(self.sum)).mul_(slope)
+        weights = (logs - _finite(self.total)).exp_()
+        return weights if kept is None else weights.mul_(kept), grad_scores
+
+    def _logs(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scores, softplus = self.loop.logs(self.query, self.counts, step, keys)
+        return scores, softplus, *self.loop.normalizer.sharpened(softplus - self.level, self.counts)
+
+    def _grad_logs(self, step: Step, keys: KeyRange, steepness: Tensor) -> tuple[Tensor, Tensor | None]:
+        """U, and the dropout factors."""
+        grad = self.loop.product("grad", self.grad, self.loop.keys_of(self.loop.value, step, keys))
+        kept = self.loop.kept(step, keys)
+        if kept is not None:
+            grad.mul_(kept)
+        return grad.sub_(self.shift).mul_((steepness - _finite(self.total)).exp_()), kept
+
+
+def _finite(level: Tensor) -> Tensor:
+    """A logarithm that may be subtracted: empty rows have −inf."""
+    return level.masked_fill(level == -torch.inf, 0.0)
+
+
+_KINDS: dict[type[Normalizer], type[TileLoop]] = {Pointwise: PointwiseLoop, SoftplusL1: SoftplusLoop}
+
+
 def loop_for(
     query: Tensor,
     key: Tensor,
@@ -140,9 +224,11 @@ def loop_for(
 ) -> TileLoop:
     """The loop for a call as it travels through the operator."""
     chosen = Normalizer.unflatten(normalizer, [])
-    kind = PointwiseLoop if isinstance(chosen, Pointwise) else SoftmaxLoop
+    kind = next((loop for normal, loop in _KINDS.items() if isinstance(chosen, normal)), SoftmaxLoop)
     own_mask = Mask.unflatten(mask, mask_tensors) if mask else None
     loop = kind(query, key, value, (bias, bias_tensors), own_mask, seed, scale, dropout)
     if isinstance(loop, PointwiseLoop) and isinstance(chosen, Pointwise):
+        loop.normalizer = chosen
+    if isinstance(loop, SoftplusLoop) and isinstance(chosen, SoftplusL1):
         loop.normalizer = chosen
     return loop

@@ -19,7 +19,7 @@ from regard.ops.precision import exact, statistics_dtype
 def refuses(call: Call) -> str | None:
     """Why this engine cannot take `call`, or None."""
     if not call.normalizer.tileable:
-        return f"{call.normalizer!r} needs whole rows of scores"
+        return f"{type(call.normalizer).__name__} needs whole rows of scores"
     return None
 
 

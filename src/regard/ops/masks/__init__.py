@@ -1,18 +1,27 @@
 """Masks: small frozen objects that say who may look at whom, combined with ``&``, ``|`` and ``~``."""
 
 from regard.ops.masks.base import And, Mask, Not, Or, Tiles
+from regard.ops.masks.candidates import CandidateIsolation
+from regard.ops.masks.modality import CausalCross, CompositeModality, MixedBidirectionalVision, ModalityMutual
 from regard.ops.masks.patterns import Blocks, Causal, Dilated, Padding, Prefix, Sinks, Window
 from regard.ops.masks.plan import Plan, plan
-from regard.ops.masks.tensors import Dense, Keys, Neighborhood, Segments
+from regard.ops.masks.sharding import LocalBlocks, Sharded
+from regard.ops.masks.tensors import Dense, Keys, Neighborhood, Segments, segments_of
 
 __all__ = [
     "And",
     "Blocks",
+    "CandidateIsolation",
     "Causal",
+    "CausalCross",
+    "CompositeModality",
     "Dense",
     "Dilated",
     "Keys",
+    "LocalBlocks",
     "Mask",
+    "MixedBidirectionalVision",
+    "ModalityMutual",
     "Neighborhood",
     "Not",
     "Or",
@@ -20,8 +29,10 @@ __all__ = [
     "Plan",
     "Prefix",
     "Segments",
+    "Sharded",
     "Sinks",
     "Tiles",
     "Window",
     "plan",
+    "segments_of",
 ]

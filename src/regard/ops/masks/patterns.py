@@ -133,7 +133,7 @@ class Blocks(Mask):
         return query // self.size == key // self.size
 
     def tile_states(self, tiles: Tiles) -> Tensor:
-        return range_states(*(edge // self.size for edge in _edges(tiles)))
+        return range_states(*(edge // self.size for edge in edges(tiles)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -189,5 +189,6 @@ def _key_states(tiles: Tiles, end: int | Tensor) -> Tensor:
     return value.expand(*value.shape[:2], *shape)
 
 
-def _edges(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def edges(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First and last index of the tiles of queries and of keys."""
     return tiles.query_low, tiles.query_high, tiles.key_low, tiles.key_high

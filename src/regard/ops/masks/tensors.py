@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from regard.ops.checks import require, require_grid
-from regard.ops.masks.base import Mask, Tiles, classify, range_states, tile_counts
+from regard.ops.masks.base import And, Mask, Tiles, classify, range_states, tile_counts
 from regard.ops.masks.patterns import Window
 from regard.ops.neighborhood import attends
 
@@ -39,7 +39,7 @@ class Keys(Mask):
         )
 
     def allows(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return _of_sample(self.chosen, batch, key)
+        return of_sample(self.chosen, batch, key)
 
     def tile_states(self, tiles: Tiles) -> Tensor:
         counts = tile_counts(self.chosen[..., None, :].cpu(), tiles.key_tile)
@@ -100,12 +100,12 @@ class Segments(Mask):
         row = query - (self.ids.shape[-1] - own.shape[-1])
         if self.ids.ndim == 1 and own.ndim == 1:
             return own[row] == self.ids[key]
-        return _of_sample(own, batch, row) == _of_sample(self.ids, batch, key)
+        return of_sample(own, batch, row) == of_sample(self.ids, batch, key)
 
     def tile_states(self, tiles: Tiles) -> Tensor:
         query_ids = self.ids[..., tiles.offset :] if self.query_ids is None else self.query_ids
-        query_range = _tile_range(query_ids.cpu(), tiles.query_tile)
-        key_range = _tile_range(self.ids.cpu(), tiles.key_tile)
+        query_range = tile_range(query_ids.cpu(), tiles.query_tile)
+        key_range = tile_range(self.ids.cpu(), tiles.key_tile)
         return range_states(*(edge[..., :, None] for edge in query_range), *(edge[..., None, :] for edge in key_range))
 
 
@@ -202,6 +202,13 @@ class Dense(Mask):
         return classify(counts.view(*(1,) * (4 - counts.ndim), *counts.shape), sizes)
 
 
+def segments_of(mask: Mask | None) -> Segments | None:
+    """The packed sequences that a mask keeps apart, if it does."""
+    if isinstance(mask, And):
+        return segments_of(mask.left) or segments_of(mask.right)
+    return mask if isinstance(mask, Segments) else None
+
+
 def _require_ids(name: str, ids: Tensor, batch: int, length: int) -> None:
     require(
         ids.shape[-1] == length and (ids.ndim == 1 or ids.shape[0] == batch),
@@ -211,11 +218,12 @@ def _require_ids(name: str, ids: Tensor, batch: int, length: int) -> None:
     )
 
 
-def _of_sample(of_key: Tensor, batch: Tensor, position: Tensor) -> Tensor:
+def of_sample(of_key: Tensor, batch: Tensor, position: Tensor) -> Tensor:
+    """What a tensor (N,) or (B, N) says of the positions of a sample."""
     return of_key[position] if of_key.ndim == 1 else of_key[batch, position]
 
 
-def _tile_range(ids: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+def tile_range(ids: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     """Lowest and highest id of every tile."""
     pieces = ids.split(tile, dim=-1)
     low = torch.stack([piece.amin(-1) for piece in pieces], dim=-1)

@@ -1,0 +1,173 @@
+"""Neural attention. "Neural Attention: A Novel Mechanism for Enhanced Expressive Power in Transformer Models", DiGiugno
+and Mahmood, 2025, arXiv 2502.17206.
+
+    q', k' = W_q' q + b_q', W_k' k + b_k'                                     narrowed to width d', alike in all heads
+    s_ij   = w_3 · ReLU(W_2 ReLU(W_1 [q'_i; k'_j] + b_1) + b_2),      y = softmax(s) V W_o
+
+A feed-forward network of every pair stands in place of the dot product. W_1 of a pair is a part of the query plus a
+part of the key, so that only the sum and what follows is done pair by pair, a tile at a time (`NeuralScores`): neither
+the n × m × d' hidden values nor the scores are ever kept, forward or backward.
+
+Cost: time O(n m (d + h d'²)), memory O((n + m) d).
+
+Differences: as in the release there are two hidden layers, of d' and d'/2, and no factor 1/√d; w_3 has no bias, where
+the softmax takes it off again. d' is 2 by default, what the release's head_dim / 32 is for heads of 64. W_2
+starts non-positive and b_2 non-negative: with d' = 2 they end in a single unit, which would often start dead, and every
+gradient with it; this way it is alive where the first layer is silent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from regard.catalogue import OptionSet, register
+from regard.nn.attention import ATTENTION, CROSS, Attention
+from regard.ops.attention import attention, attention_weights
+from regard.ops.biases import Bias
+from regard.ops.cache import KeyValueCache
+from regard.ops.checks import require
+from regard.ops.indices import Span
+from regard.ops.masks import Mask
+from regard.ops.precision import statistics_dtype
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NeuralScores(Bias):
+    """The network's last layers over the sum of a query's part and a key's."""
+
+    query: Float[Tensor, "batch heads queries hidden"]
+    key: Float[Tensor, "batch heads keys hidden"]
+    weight: Float[Tensor, "narrow hidden"]
+    bias: Float[Tensor, " narrow"]
+    last: Float[Tensor, " narrow"]
+
+    def score(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return self.network(self.query[batch, head, query - self.start], self.key[batch, head, key])
+
+    def tile(self, batch: Span, heads: Span, queries: Span, keys: Span, device: torch.device) -> Tensor:
+        samples, of_heads = slice(*batch), slice(*heads)
+        query = self.query[samples, of_heads, queries[0] - self.start : queries[1] - self.start]
+        return self.network(query[..., None, :], self.key[samples, of_heads, None, keys[0] : keys[1]])
+
+    def network(self, query: Tensor, key: Tensor) -> Tensor:
+        hidden = torch.relu(query + key)
+        return torch.relu(hidden @ self.weight.mT + self.bias) @ self.last
+
+    @property
+    def start(self) -> int:
+        """Where the first query stands among the keys."""
+        return self.key.shape[2] - self.query.shape[2]
+
+
+@register(
+    "neural_attention",
+    paper="neural_attention",
+    contract=replace(
+        ATTENTION,
+        time="n*m*(d + h*projection_dim*projection_dim)",
+        options=(OptionSet({"projection_dim": 6, "head_dim": 6, "dropout": 0.1, "bias": True}), CROSS),
+    ),
+)
+class NeuralAttention(Attention):
+    """A small feed-forward network of query and key in place of their dot product.
+
+    Args:
+        projection_dim: d', the width queries and keys are narrowed to.
+
+    The other arguments are those of `Attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        head_dim: int | None = None,
+        causal: bool = False,
+        projection_dim: int = 2,
+        bias: bool = False,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            heads=heads,
+            head_dim=head_dim,
+            causal=causal,
+            bias=bias,
+            dropout=dropout,
+            context_dim=context_dim,
+            device=device,
+            dtype=dtype,
+        )
+        require(projection_dim > 1, self._name, f"projection_dim {projection_dim}", "give at least 2")
+        self.projection_dim, factory = projection_dim, {"device": device, "dtype": dtype}
+        self.narrow_query = nn.Linear(self.head_dim, projection_dim, **factory)
+        self.narrow_key = nn.Linear(self.head_dim, projection_dim, **factory)
+        self.first = nn.Linear(2 * projection_dim, projection_dim, **factory)
+        self.second = nn.Linear(projection_dim, projection_dim // 2, **factory)
+        self.last = nn.Linear(projection_dim // 2, 1, bias=False, **factory)
+        with torch.no_grad():
+            self.second.weight.abs_().neg_()
+            self.second.bias.abs_()
+
+    def split(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The query's and the key's part of the first layer, and values."""
+        query, key, value = super().split(x, source)
+        of_query, of_key = self.first.weight.chunk(2, dim=1)
+        query = nn.functional.linear(self.narrow_query(query), of_query, self.first.bias)
+        return query, nn.functional.linear(self.narrow_key(key), of_key), value
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length dim"],
+        context: Float[Tensor, "batch context_length context_dim"] | None = None,
+        *,
+        mask: Mask | None = None,
+        positions: Int[Tensor, "*batch length"] | None = None,
+    ) -> Float[Tensor, "batch length dim"]:
+        query, key, value = self.project(x, context, mask, positions)
+        dropout = self.dropout if self.training else 0.0
+        scores = self.scores(query, key)
+        nothing = query.new_zeros(*query.shape[:3], 1), key.new_zeros(*key.shape[:3], 1)
+        return self.combine(attention(*nothing, value, mask=self.full_mask(mask), bias=scores, dropout=dropout))
+
+    def attention_map(
+        self,
+        x: Float[Tensor, "batch length dim"],
+        context: Float[Tensor, "batch context_length context_dim"] | None = None,
+        *,
+        mask: Mask | None = None,
+        positions: Int[Tensor, "*batch length"] | None = None,
+    ) -> tuple[Float[Tensor, "batch heads length keys"], Float[Tensor, "batch heads keys head_dim"]]:
+        query, key, value = self.project(x, context, mask, positions)
+        nothing = query.new_zeros(*query.shape[:3], 1), key.new_zeros(*key.shape[:3], 1)
+        weights = attention_weights(*nothing, mask=self.full_mask(mask), bias=self.scores(query, key))
+        return weights.to(value.dtype), value
+
+    def init_state(self, batch: int) -> KeyValueCache:
+        weight = self.key.weight
+        return KeyValueCache.empty(
+            batch, self.heads, self.projection_dim, value_dim=self.head_dim, device=weight.device, dtype=weight.dtype
+        )
+
+    def step(
+        self, x: Float[Tensor, "batch new dim"], state: KeyValueCache
+    ) -> tuple[Float[Tensor, "batch new dim"], KeyValueCache]:
+        query, key, value = self.project_step(x, state.length, state.key.shape[0])
+        state = state.append(key, value)
+        scores = self.scores(query, state.key)
+        nothing = query.new_zeros(*query.shape[:3], 1), key.new_zeros(*state.key.shape[:3], 1)
+        return self.combine(attention(*nothing, state.value, mask=self.full_mask(None), bias=scores)), state
+
+    def scores(self, query: Tensor, key: Tensor) -> NeuralScores:
+        """The network of each pair, in at least float32."""
+        precise = statistics_dtype(query.dtype)
+        parts = query, key, self.second.weight, self.second.bias, self.last.weight[0]
+        return NeuralScores(*(part.to(precise) for part in parts))
