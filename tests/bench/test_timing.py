@@ -164,9 +164,9 @@ def test_training_reaches_the_input():
     assert asked == [True]
 
 
-def test_bytes_moved_are_input_output_and_parameters():
+def test_bytes_moved_are_input_and_output():
     layer = stepped("multi_head")
-    assert layer.bytes_moved() == 8 * (2 * LENGTH * DIM + 4 * DIM * DIM)
+    assert layer.bytes_moved() == 8 * 2 * LENGTH * DIM
 
 
 def test_seconds_are_median_and_quartiles():
@@ -180,7 +180,7 @@ def test_share_is_that_of_the_nearer_limit(flops_bound: bool, monkeypatch: pytes
     monkeypatch.setattr(timing, "gemm", lambda dtype, device: (lambda: None, 1e5 if flops_bound else 1e30))
     monkeypatch.setattr(timing, "copy", lambda device: (lambda: None, 1e30 if flops_bound else 1e5))
     cell, _ = time_at([BASELINE], CAUSAL)
-    layer, moved = cell.layers["multi_head"], 4 * (2 * LENGTH * DIM + 4 * DIM * DIM)
+    layer, moved = cell.layers["multi_head"], 4 * 2 * LENGTH * DIM
     forward = layer.forward_flops if flops_bound else moved
     training = layer.training_flops if flops_bound else 2 * moved
     assert math.isclose(layer.forward_share, forward / 1e5)

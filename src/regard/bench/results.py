@@ -32,8 +32,8 @@ class Seconds(Record):
 class LayerTiming(Record):
     """One layer at one length. `flops` are those of its matrix products, `share` is that of the machine's limit.
 
-    The limit is the larger of `flops` at the speed of a large matrix product, and of the bytes of input, output and
-    parameters (twice in training) at the speed of a large copy.
+    The limit is the larger of `flops` at the speed of a large matrix product, and of the bytes of input and output
+    (twice in training) at the speed of a large copy.
     """
 
     forward: Seconds

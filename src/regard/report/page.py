@@ -178,8 +178,8 @@ def shares(results: Results) -> list[Table]:
             Table(
                 f"share-{pattern}".replace(" ", "-"),
                 f"Share of the machine’s limit, training, {pattern}",
-                "The least time the layer’s matrix products and its inputs, outputs and parameters could take, at the "
-                "speed of a large product and a large copy measured in the same turns, over the time it took. A large "
+                "The least time the layer’s matrix products, or its input and output, could take at the speed of a "
+                "large product or a large copy measured in the same turns, over the time it took. A large "
                 "share leaves little to gain by better code; a small one says nothing about the mechanism.",
                 ("mechanism", *(f"{cell.length} tokens" for cell in cells)),
                 (*rows, limits, copies),
