@@ -137,7 +137,7 @@ class DigitsTrial(Trial):
     subject = "images of digits"
     pattern = "noncausal self"
     metric, better, guessing = "accuracy", "higher", 1 / digits.CLASSES
-    steps, learning_rate, batch = 500, 3e-3, 32
+    steps, learning_rate, batch = 650, 2e-3, 32
 
     def model(self, variant: Variant) -> Encoder:
         return Encoder(

@@ -260,10 +260,12 @@ def _caveats(summary: Summary) -> Iterable[Sentence]:
     if not summary.quality:
         return
     fewest = min(found.seeds for scores in summary.quality.values() for found in scores.values())
+    steps = [TRIALS[task].steps for task in summary.quality]
+    fewest_steps, most_steps = min(steps), max(steps)
     yield Sentence(
         kind="caveat",
-        text=f"Quality is that of small models (width {DIM}, {HEADS} heads, {LAYERS} layers, 400 to 500 steps on at "
-        "most 256 tokens), the same in every run: it says what a mechanism learns quickly, not what a large model "
+        text=f"Quality is that of small models (width {DIM}, {HEADS} heads, {LAYERS} layers, {fewest_steps} to "
+        f"{most_steps} steps on at most 256 tokens), the same in every run: it says what a mechanism learns quickly, not what a large model "
         "reaches.",
         sources=["/summary/quality"],
     )
