@@ -265,8 +265,8 @@ def _caveats(summary: Summary) -> Iterable[Sentence]:
     yield Sentence(
         kind="caveat",
         text=f"Quality is that of small models (width {DIM}, {HEADS} heads, {LAYERS} layers, {fewest_steps} to "
-        f"{most_steps} steps on at most 256 tokens), the same in every run: it says what a mechanism learns quickly, not what a large model "
-        "reaches.",
+        f"{most_steps} steps on at most 256 tokens), the same in every run: it says what a mechanism learns quickly, "
+        "not what a large model reaches.",
         sources=["/summary/quality"],
     )
     if fewest < 3:
