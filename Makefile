@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compare test lint format bench readme docs clean
+.PHONY: help setup compare test slow lint format bench readme docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,8 +20,11 @@ setup: $(READY) ## Build .venv from nothing: torch, regard with its tools, the p
 compare: $(READY) ## Train and time attention on this machine: compare/report.html says which to use
 	$(VENV)/bin/regard compare
 
-test: $(READY) ## Run every test
-	$(RUN) -m pytest -n $(WORKERS)
+test: $(READY) ## Run every test but the slow ones
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow"
+
+slow: $(READY) ## Run the slow tests
+	$(RUN) -m pytest -n $(WORKERS) -m slow
 
 lint: $(READY) ## Check style, format and types
 	$(RUN) -m ruff check

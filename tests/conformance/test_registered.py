@@ -7,8 +7,16 @@ import pytest
 from regard.catalogue import mechanisms
 from regard.testing import CHECKS, Case, Check, cases
 
+HEAVY = {"compiled_equals_eager", "exported_equals_eager", "memory_grows_as_declared"}
+"""Seconds a case: in CI they are run for the default arguments, for other option sets among the slow tests."""
+
+
+def marks(case: Case, check: Check) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if check.name in HEAVY and case.option_set.arguments else []
+
+
 PROMISES = [
-    pytest.param(case, check, id=f"{case} {check}")
+    pytest.param(case, check, id=f"{case} {check}", marks=marks(case, check))
     for key in mechanisms()
     for case in cases(key)
     for check in CHECKS.values()
