@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from regard.ops.biases import Alibi, RelativeBias
+from regard.ops.biases import AdditiveScores, Alibi, RelativeBias
 from regard.ops.cache import KeyValueCache
 from regard.ops.linear import linear_attention
 from regard.ops.positions import grid_positions, layer_decay, lrpe, lrpe_angles, rotary, sinusoidal
@@ -40,6 +40,22 @@ def test_grid_relative_bias_looks_up_every_axis():
     for query, key in ((0, 11), (5, 2), (7, 7)):
         row, column = key // 4 - query // 4 + 4, key % 4 - query % 4 + 4
         assert found[query, key] == table[0, row * 9 + column]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (3, 7), (7, 3)])
+def test_additive_scores_are_those_of_every_pair_and_head(queries, keys):
+    vector, query, key = torch.randn(2, 4), torch.randn(3, 2, queries, 4), torch.randn(3, 2, keys, 4)
+    found = AdditiveScores(query, key, vector)
+    wanted = [
+        [[[vector[h] @ torch.tanh(query[b, h, i] + key[b, h, j]) for j in range(keys)] for i in range(queries)]
+         for h in range(2)]
+        for b in range(3)
+    ]  # fmt: skip
+    tile = found.dense(queries, keys, batch=3, heads=2, device=query.device)
+    torch.testing.assert_close(tile, torch.tensor(wanted))
+    part = found.tile((1, 3), (1, 2), (keys - 1, keys), (0, keys), query.device)
+    torch.testing.assert_close(part, tile[1:, 1:, -1:])
+    torch.testing.assert_close(found.score(*map(torch.tensor, (2, 1, keys - 1, 0))), tile[2, 1, -1, 0])
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])

@@ -188,3 +188,46 @@ class RelativeBias(Bias):
         growth = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)
         far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
         return base + torch.where(distance < exact, distance, far)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PairScores(Bias):
+    """A learned function of each query and key; neither the scores nor what is computed on the way is ever kept.
+
+    For scores that are no dot product: derive, add the parameters as fields and define `pair`. The queries stand at
+    the end of the keys.
+    """
+
+    query: Float[Tensor, "batch heads queries hidden"]
+    key: Float[Tensor, "batch heads keys hidden"]
+
+    def pair(
+        self, query: Float[Tensor, "... hidden"], key: Float[Tensor, "... hidden"], head: Int[Tensor, ...]
+    ) -> Float[Tensor, ...]:
+        """The score of queries and keys that broadcast together, and with the heads they belong to."""
+        raise NotImplementedError(f"{type(self).__name__} must define pair(query, key, head)")
+
+    def score(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return self.pair(self.query[batch, head, query - self._start], self.key[batch, head, key], head)
+
+    def tile(self, batch: Span, heads: Span, queries: Span, keys: Span, device: torch.device) -> Tensor:
+        samples, of_heads = slice(*batch), slice(*heads)
+        query = self.query[samples, of_heads, queries[0] - self._start : queries[1] - self._start]
+        key = self.key[samples, of_heads, None, keys[0] : keys[1]]
+        return self.pair(query[..., None, :], key, torch.arange(*heads, device=device)[:, None, None])
+
+    @property
+    def _start(self) -> int:
+        """Where the first query stands among the keys."""
+        return self.key.shape[2] - self.query.shape[2]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AdditiveScores(PairScores):
+    """``v_h · tanh(q_i + k_j)`` ("Neural Machine Translation by Jointly Learning to Align and Translate", 2014, arXiv
+    1409.0473)."""
+
+    vector: Float[Tensor, "heads hidden"]
+
+    def pair(self, query: Tensor, key: Tensor, head: Tensor) -> Tensor:
+        return (torch.tanh(query + key) * self.vector[head]).sum(-1)

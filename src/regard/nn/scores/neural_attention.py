@@ -21,46 +21,28 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from regard.catalogue import OptionSet, register
-from regard.nn.attention import ATTENTION, CROSS, Attention
-from regard.ops.attention import attention, attention_weights
-from regard.ops.biases import Bias
-from regard.ops.cache import KeyValueCache
+from regard.nn.attention import ATTENTION, CROSS
+from regard.nn.pair_attention import PairAttention
+from regard.ops.biases import PairScores
 from regard.ops.checks import require
-from regard.ops.indices import Span
-from regard.ops.masks import Mask
 from regard.ops.precision import statistics_dtype
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class NeuralScores(Bias):
+class NeuralScores(PairScores):
     """The network's last layers over the sum of a query's part and a key's."""
 
-    query: Float[Tensor, "batch heads queries hidden"]
-    key: Float[Tensor, "batch heads keys hidden"]
     weight: Float[Tensor, "narrow hidden"]
     bias: Float[Tensor, " narrow"]
     last: Float[Tensor, " narrow"]
 
-    def score(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return self.network(self.query[batch, head, query - self.start], self.key[batch, head, key])
-
-    def tile(self, batch: Span, heads: Span, queries: Span, keys: Span, device: torch.device) -> Tensor:
-        samples, of_heads = slice(*batch), slice(*heads)
-        query = self.query[samples, of_heads, queries[0] - self.start : queries[1] - self.start]
-        return self.network(query[..., None, :], self.key[samples, of_heads, None, keys[0] : keys[1]])
-
-    def network(self, query: Tensor, key: Tensor) -> Tensor:
+    def pair(self, query: Tensor, key: Tensor, head: Tensor) -> Tensor:
         hidden = torch.relu(query + key)
         return torch.relu(hidden @ self.weight.mT + self.bias) @ self.last
-
-    @property
-    def start(self) -> int:
-        """Where the first query stands among the keys."""
-        return self.key.shape[2] - self.query.shape[2]
 
 
 @register(
@@ -72,7 +54,7 @@ class NeuralScores(Bias):
         options=(OptionSet({"projection_dim": 6, "head_dim": 6, "dropout": 0.1, "bias": True}), CROSS),
     ),
 )
-class NeuralAttention(Attention):
+class NeuralAttention(PairAttention):
     """A small feed-forward network of query and key in place of their dot product.
 
     Args:
@@ -124,47 +106,9 @@ class NeuralAttention(Attention):
         query = nn.functional.linear(self.narrow_query(query), of_query, self.first.bias)
         return query, nn.functional.linear(self.narrow_key(key), of_key), value
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch length dim"],
-        context: Float[Tensor, "batch context_length context_dim"] | None = None,
-        *,
-        mask: Mask | None = None,
-        positions: Int[Tensor, "*batch length"] | None = None,
-    ) -> Float[Tensor, "batch length dim"]:
-        query, key, value = self.project(x, context, mask, positions)
-        dropout = self.dropout if self.training else 0.0
-        scores = self.scores(query, key)
-        nothing = query.new_zeros(*query.shape[:3], 1), key.new_zeros(*key.shape[:3], 1)
-        return self.combine(attention(*nothing, value, mask=self.full_mask(mask), bias=scores, dropout=dropout))
-
-    def attention_map(
-        self,
-        x: Float[Tensor, "batch length dim"],
-        context: Float[Tensor, "batch context_length context_dim"] | None = None,
-        *,
-        mask: Mask | None = None,
-        positions: Int[Tensor, "*batch length"] | None = None,
-    ) -> tuple[Float[Tensor, "batch heads length keys"], Float[Tensor, "batch heads keys head_dim"]]:
-        query, key, value = self.project(x, context, mask, positions)
-        nothing = query.new_zeros(*query.shape[:3], 1), key.new_zeros(*key.shape[:3], 1)
-        weights = attention_weights(*nothing, mask=self.full_mask(mask), bias=self.scores(query, key))
-        return weights.to(value.dtype), value
-
-    def init_state(self, batch: int) -> KeyValueCache:
-        weight = self.key.weight
-        return KeyValueCache.empty(
-            batch, self.heads, self.projection_dim, value_dim=self.head_dim, device=weight.device, dtype=weight.dtype
-        )
-
-    def step(
-        self, x: Float[Tensor, "batch new dim"], state: KeyValueCache
-    ) -> tuple[Float[Tensor, "batch new dim"], KeyValueCache]:
-        query, key, value = self.project_step(x, state.length, state.key.shape[0])
-        state = state.append(key, value)
-        scores = self.scores(query, state.key)
-        nothing = query.new_zeros(*query.shape[:3], 1), key.new_zeros(*state.key.shape[:3], 1)
-        return self.combine(attention(*nothing, state.value, mask=self.full_mask(None), bias=scores)), state
+    @property
+    def score_dim(self) -> int:
+        return self.projection_dim
 
     def scores(self, query: Tensor, key: Tensor) -> NeuralScores:
         """The network of each pair, in at least float32."""
