@@ -190,9 +190,9 @@ class Attention(Mechanism):
         return self.combine(mixed), state
 
     def project(
-        self, x: Tensor, context: Tensor | None, mask: Mask | None, positions: Tensor | None
+        self, x: Tensor, context: Tensor | None, mask: Mask | None, positions: Tensor | None, *, seen: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Checked arguments as query, key and value heads, with positions applied."""
+        """Checked arguments as query, key and value heads, with positions applied; `seen` tokens came before them."""
         self.check_tokens(x, context, mask, positions, takes_positions=self.position == "rotary")
         self.check_width(x, self.dim)
         require(
@@ -205,20 +205,18 @@ class Attention(Mechanism):
         self.check_width(source, self.context_dim, name="x" if context is None else "context")
         query, key, value = self.split(x, source)
         if self.position == "rotary":
-            lengths = x.shape[1], source.shape[1]
-            key_positions = torch.arange(lengths[1], device=x.device)
+            end = seen + source.shape[1]
+            key_positions = torch.arange(seen, end, device=x.device)
             if positions is None:
-                positions = torch.arange(lengths[1] - lengths[0], lengths[1], device=x.device)
+                positions = torch.arange(end - x.shape[1], end, device=x.device)
             query = rotary(query, positions)
             key = rotary(key, positions if context is None else key_positions)
         return query, key, value
 
     def project_step(self, x: Tensor, seen: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value heads of tokens that follow `seen` others in a state of `batch` samples."""
-        require(self.causal, self._name, "step with causal=False", "build with causal=True to decode step by step")
         self.check_step(x, self.dim, batch)
-        positions = torch.arange(seen, seen + x.shape[1], device=x.device) if self.position == "rotary" else None
-        return self.project(x, None, None, positions)
+        return self.project(x, None, None, None, seen=seen)
 
     def split(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project and split into heads."""

@@ -83,7 +83,9 @@ class Mechanism(nn.Module):
             )
 
     def check_step(self, x: Tensor, width: int, batch: int) -> None:
-        """Raise ValueError unless `x` holds further tokens for a state of this batch."""
+        """Raise ValueError unless this is causal and `x` holds further tokens for a state of this batch."""
+        causal = getattr(self, "causal", True)
+        require(causal, self._name, "step with causal=False", "build with causal=True to decode step by step")
         self.check_tokens(x, None, None, None, takes_positions=False)
         self.check_width(x, width)
         require(

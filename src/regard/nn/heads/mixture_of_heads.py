@@ -191,7 +191,6 @@ class MixtureOfAttentionHeads(Attention):
     def step(
         self, x: Float[Tensor, "batch new dim"], state: KeyValueCache
     ) -> tuple[Float[Tensor, "batch new dim"], KeyValueCache]:
-        require(self.causal, self._name, "step with causal=False", "build with causal=True to decode step by step")
         self.check_step(x, self.dim, state.key.shape[0])
         source = self.checked_source(x, None, None, None)
         state = state.append(self.key(source)[:, None], self.value(source)[:, None])

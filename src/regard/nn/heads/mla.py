@@ -195,7 +195,6 @@ class LatentAttention(Attention):
     def step(
         self, x: Float[Tensor, "batch new dim"], state: KeyValueCache
     ) -> tuple[Float[Tensor, "batch new dim"], KeyValueCache]:
-        require(self.causal, self._name, "step with causal=False", "build with causal=True to decode step by step")
         self.check_step(x, self.dim, state.key.shape[0])
         positions = torch.arange(state.length, state.length + x.shape[1], device=x.device)
         compressed = self.compress(x, positions)

@@ -178,9 +178,9 @@ class SuperAttention(EfficientHeadAttention):
         self.reset_parameters()
 
     def project(
-        self, x: Tensor, context: Tensor | None, mask: Mask | None, positions: Tensor | None
+        self, x: Tensor, context: Tensor | None, mask: Mask | None, positions: Tensor | None, *, seen: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = super().project(x, context, mask, positions)
+        query, key, value = super().project(x, context, mask, positions, seen=seen)
         keys = value.shape[2]
         self._check_length(keys)
         if mask is not None:
@@ -209,7 +209,6 @@ class SuperAttention(EfficientHeadAttention):
     def step(
         self, x: Float[Tensor, "batch new dim"], state: KeyValueCache
     ) -> tuple[Float[Tensor, "batch new dim"], KeyValueCache]:
-        require(self.causal, self._name, "step with causal=False", "build with causal=True to decode step by step")
         self.check_step(x, self.dim, state.key.shape[0])
         seen, end = state.length, state.length + x.shape[1]
         self._check_length(end)

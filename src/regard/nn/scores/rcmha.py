@@ -184,7 +184,6 @@ class RelativeConvAttention(Attention):
     def step(
         self, x: Float[Tensor, "batch new dim"], state: RelativeConvState
     ) -> tuple[Float[Tensor, "batch new dim"], RelativeConvState]:
-        require(self.causal, self._name, "step with causal=False", "build with causal=True to decode step by step")
         self.check_step(x, self.dim, state.tails[0].shape[0])
         inputs = [
             torch.cat([tail, heads], dim=2)
@@ -205,10 +204,10 @@ class RelativeConvAttention(Attention):
         return self.combine(mixed), RelativeConvState(cache, tails)
 
     def project(
-        self, x: Tensor, context: Tensor | None, mask: Mask | None, positions: Tensor | None
+        self, x: Tensor, context: Tensor | None, mask: Mask | None, positions: Tensor | None, *, seen: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (
-            F.pad(heads, (0, 0, WIDTH - 1, 0)) for heads in super().project(x, context, mask, positions)
+            F.pad(heads, (0, 0, WIDTH - 1, 0)) for heads in super().project(x, context, mask, positions, seen=seen)
         )
         of_queries = of_keys = None
         if isinstance(mask, Segments):

@@ -180,8 +180,8 @@ class SelectiveSelfAttention(Attention):
     def project(
         self, x: Tensor, context: Tensor | None, mask: Mask | None, positions: Tensor | None, *, seen: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `Attention`, with temperatures applied; `seen` tokens came before x."""
-        projected = super().project(x, context, mask, positions)
+        """As in `Attention`, with temperatures applied."""
+        projected = super().project(x, context, mask, positions, seen=seen)
         queries, keys = projected[0].shape[2], projected[1].shape[2]
         of_keys = torch.arange(seen + 1, seen + keys + 1, device=x.device)
         of_queries = (torch.arange(1, queries + 1, device=x.device) + seen + keys - queries).clamp(min=1)
@@ -196,9 +196,3 @@ class SelectiveSelfAttention(Attention):
         parts = zip(self.own_temperatures(), projected, (of_queries, of_keys, of_keys), strict=True)
         query, key, value = (heads if tau is None else tau.add_place(heads, places) for tau, heads, places in parts)
         return query, key, value
-
-    def project_step(self, x: Tensor, seen: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        require(self.causal, self._name, "step with causal=False", "build with causal=True to decode step by step")
-        self.check_step(x, self.dim, batch)
-        positions = torch.arange(seen, seen + x.shape[1], device=x.device) if self.position == "rotary" else None
-        return self.project(x, None, None, positions, seen=seen)

@@ -25,7 +25,6 @@ release has too. In the release all layers share c and b. B is T5's by default. 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -40,19 +39,6 @@ from regard.ops.checks import require
 from regard.ops.dropout import draw_seed, keep_tile
 from regard.ops.masks import Mask
 from regard.ops.precision import statistics_dtype
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Toeplitz(Bias):
-    """C: an entry per head and offset ``j − i``, which beyond `max_distance` is the outermost one."""
-
-    table: Float[Tensor, "heads entries"]
-    max_distance: int
-    shift_invariant: ClassVar[bool] = True
-
-    def score(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        offset = (key - query).clamp(-self.max_distance, self.max_distance)
-        return self.table[head, offset + self.max_distance]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -175,11 +161,9 @@ class URPEAttention(Attention):
         state = state.append(key, value)
         return self.combine(self.mix(query, state.key, state.value, self.full_mask(None))), state
 
-    def toeplitz(self) -> Bias:
+    def toeplitz(self) -> RelativeBias:
         """C, asked like a bias."""
-        if self.buckets is None:
-            return Toeplitz(self.factor, self.max_distance)
-        return RelativeBias(self.factor, self.max_distance, None, not self.causal)
+        return RelativeBias(self.factor, self.max_distance, None, None if self.buckets is None else not self.causal)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tensor:
         """``A V``, in at least float32 until the difference is taken."""
