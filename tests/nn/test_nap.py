@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -77,3 +79,23 @@ def test_at_initialisation_a_row_neither_isolates_a_token_nor_averages_them_all(
     weights = NormalizedAttentionPooling(16, heads=2, dtype=torch.float64).attention_map(tokens(1, length, 16))[0]
     assert_close(weights.square().mean(-1).sqrt(), torch.ones(1, 2, length, dtype=torch.float64), rtol=0.05, atol=0)
     assert (weights.abs().amax(-1) / weights.abs().sum(-1)).median() < 4 / length**0.5
+
+
+def test_float32_loses_no_more_at_a_steep_row_than_rounding_the_inputs_does():
+    torch.manual_seed(1)  # a draw whose rows of two keys have nearly equal scores
+    module = NormalizedAttentionPooling(32, heads=4, head_dim=6, bias=False, causal=True)
+    x, seed = torch.randn(3, 2, 32), torch.randn(3, 2, 32)
+
+    def gradient(module: NormalizedAttentionPooling, x: Tensor) -> Tensor:
+        return torch.autograd.grad(module(x), module.query.weight, seed.to(x.dtype))[0].double()
+
+    rounded, exact = gradient(module, x), gradient(module.double(), x.double())
+    assert exact.norm() > 1e4
+    moves = []
+    for _ in range(4):
+        nearby = copy.deepcopy(module)
+        with torch.no_grad():
+            for tensor in nearby.parameters():
+                tensor.mul_(1 + 2**-24 * torch.empty_like(tensor).uniform_(-1, 1))
+        moves.append((gradient(nearby, x.double()) - exact).norm())
+    assert (rounded - exact).norm() < 4 * max(moves)

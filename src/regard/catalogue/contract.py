@@ -58,6 +58,8 @@ class Contract:
             an `OptionSet` whose changes narrow it.
         dtypes: floating-point types it runs in.
         frozen: names of parameters that receive no gradient by design.
+        steep: the function itself has slopes so steep that rounding parameters and inputs moves its gradients by more
+            than roundoff; those of float32 are promised to ten times that only.
         minimum: the smallest sizes it works at, by the names ``dim``, ``heads``, ``length`` (per axis for grids).
         options: the option sets proved beside the default one.
     """
@@ -78,6 +80,7 @@ class Contract:
     grid_dims: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float64)
     frozen: tuple[str, ...] = ()
+    steep: bool = False
     minimum: Mapping[str, int] = field(default_factory=lambda: {"length": 1})
     options: tuple[OptionSet, ...] = ()
 

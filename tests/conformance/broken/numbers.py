@@ -89,6 +89,11 @@ class ComputesInHalf(Correct):
         return super().combine(mixed.bfloat16().to(mixed.dtype) if mixed.dtype == torch.float32 else mixed)
 
 
+@caught_by("types_agree", steep=True)
+class ComputesInHalfAndSaysItIsSteep(ComputesInHalf):
+    """What rounding moves is measured, not taken for granted."""
+
+
 @caught_by("extreme_inputs_stay_finite")
 class OverflowsExp(Correct):
     """A softmax without the maximum taken away."""
