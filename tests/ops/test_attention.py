@@ -220,6 +220,18 @@ def test_opcheck(normalizer, dropout):
     torch.library.opcheck(tiled_attention, (query, key, value, mask_tensors, bias_tensors, seed, *texts))
 
 
+@pytest.mark.parametrize("value_dim", [4, 24])
+def test_values_of_another_width_take_no_memory_of_all_pairs(value_dim):
+    query, key = torch.randn(2, 1, 4, 2048, 8).requires_grad_()
+    value = torch.randn(1, 4, 2048, value_dim, requires_grad=True)
+    call = {"mask": Causal(), "backend": "fused"}
+    torch.testing.assert_close(
+        attention(query, key, value, **call), attention(query, key, value, mask=Causal(), backend="reference")
+    )
+    peak = peak_bytes(lambda: attention(query, key, value, **call).sum().backward())
+    assert peak < 2048 * 2048 * 4
+
+
 def test_second_derivative_of_tiled_is_refused_and_of_reference_right():
     tensors = Sizes(1, 1, 1, 4, 4, 2, 2).tensors(torch.float64, 0)
     out = attention(*tensors, backend="tiled")

@@ -316,16 +316,7 @@ class DualAttention(Attention):
             related, symbols = weights @ keys, self.offset_symbols(weights)
         else:
             kinds = torch.cat([keys, rearrange(content[..., width:], _HEADS, heads=self.relational_heads)], dim=-1)
-            # Of one width, scaled_dot_product_attention needs no n × m tensor.
-            filled = 0, kinds.shape[-1] - self.head_dim
-            mixed = attention(
-                F.pad(queries[1], filled),
-                F.pad(keys_of[1], filled),
-                kinds,
-                mask=later,
-                scale=self.head_dim**-0.5,
-                dropout=dropout,
-            )
+            mixed = attention(queries[1], keys_of[1], kinds, mask=later, dropout=dropout)
             related, symbols = mixed.split([width, self.head_dim], dim=-1)
         left = rearrange(
             self.relation_query(x),

@@ -30,7 +30,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from regard.catalogue import OptionSet, Paper, register
 from regard.nn.attention import ATTENTION, Attention
@@ -179,11 +178,9 @@ class LatentAttention(Attention):
         return torch.cat([latent, rotary(self.rotary_key(x)[:, None], positions, layout="interleaved")], dim=-1)
 
     def expand(self, compressed: Float[Tensor, "batch 1 length latent_and_rotary"]) -> tuple[Tensor, Tensor]:
-        """The keys and values of all heads; values are filled up with zeros to the width of the keys."""
+        """The keys and values of all heads."""
         latent, turned = compressed.split([self.latent_dim, self.rotary_dim], dim=-1)
         key, value = (rearrange(up(latent[:, 0]), _HEADS, heads=self.heads) for up in (self.key, self.value))
-        # Of one width, scaled_dot_product_attention needs no n × m tensor; `combine` cuts the zeros off.
-        value = F.pad(value, (0, self.rotary_dim))
         return torch.cat([key, turned.expand(-1, self.heads, -1, -1)], dim=-1), value
 
     def init_state(self, batch: int) -> KeyValueCache:
@@ -214,7 +211,8 @@ class LatentAttention(Attention):
         """What the heads read, from the latents instead of their own keys and values."""
         up_key, up_value = (up.weight.unflatten(0, (self.heads, self.head_dim)) for up in (self.key, self.value))
         query = torch.cat([content @ up_key, turned], dim=-1)
-        # The newest token sees all that is kept: its heads are then the queries of one head, and read it once.
+        # The newest token sees all that is kept: its heads are then the queries of one head, and read it once. Values
+        # are as wide as keys and cut afterwards, so that no step copies what is kept.
         single = query.shape[2] == 1
         mixed = attention(
             query.transpose(1, 2) if single else query,
@@ -225,9 +223,6 @@ class LatentAttention(Attention):
         )
         mixed = mixed.transpose(1, 2) if single else mixed
         return mixed[..., : self.latent_dim] @ up_value.mT
-
-    def combine(self, mixed: Float[Tensor, "batch heads length key_width"]) -> Float[Tensor, "batch length dim"]:
-        return super().combine(mixed[..., : self.head_dim])
 
     def decode_cost(self, cached: int, *, batch: int = 1, absorbed: bool | None = None) -> DecodeCost:
         """What a step of one token costs when `cached` tokens are kept, as the layer decodes or as `absorbed` says.

@@ -32,7 +32,11 @@ def needs_no_dense(call: Call) -> bool:
 def run(call: Call) -> tuple[Tensor, None]:
     """Output; SDPA gives no log-sum-exp."""
     mask, empty, is_causal = None, None, False
+    query, key, value = call.query, call.key, call.value
     if needs_no_dense(call):
+        # Of one width: torch's CPU kernel for others builds all scores.
+        width = max(query.shape[-1], value.shape[-1])
+        query, key, value = (_filled(heads, width) for heads in (query, key, value))
         # One query stands at the last key, where causal masks nothing. A branch, since a compiled length is no integer.
         if call.mask is not None and call.queries > 1:
             is_causal = True
@@ -47,12 +51,18 @@ def run(call: Call) -> tuple[Tensor, None]:
             mask = bias.to(call.query.dtype)
             mask = mask if allowed is None else mask.masked_fill(~allowed, -torch.inf)
     out = F.scaled_dot_product_attention(
-        call.query,
-        call.key,
-        call.value,
+        query,
+        key,
+        value,
         attn_mask=mask,
         is_causal=is_causal,
         scale=call.scale,
         enable_gqa=call.heads != call.key_heads,
     )
+    out = out[..., : call.value.shape[-1]]
     return (out if empty is None else out.masked_fill(empty, 0.0)), None
+
+
+def _filled(heads: Tensor, width: int) -> Tensor:
+    """`heads` with zeros up to a width, which change neither a score nor the values before them."""
+    return heads if heads.shape[-1] == width else F.pad(heads, (0, width - heads.shape[-1]))
