@@ -16,6 +16,7 @@ from regard.ops.biases import Alibi, RelativeBias
 from regard.ops.engines import tile_loop
 from regard.ops.masks import Causal, Dense, Padding, Segments, Window
 from regard.ops.normalizers import Normalizer, Sigmoid
+from regard.testing.checks.memory import peak_bytes
 
 ENGINE_SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -270,17 +271,6 @@ class Exported(torch.nn.Module):
 
     def forward(self, query, key, value):
         return attention(query, key, value, mask=self.mask, backend="tiled")
-
-
-def peak_bytes(function) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    now = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
 
 
 def test_tiled_memory_is_linear_in_the_length():
