@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from regard.nn import MultiHeadAttention
-from regard.ops import attention
+from regard.ops import attention, explain
+from regard.ops.engines.tile_kinds import loop_for
 from regard.ops.masks import (
     Blocks,
     CandidateIsolation,
@@ -32,6 +34,7 @@ from regard.ops.masks import (
     plan,
 )
 from regard.ops.masks.base import EMPTY, FULL, PARTIAL
+from regard.ops.normalizers import Softmax
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -202,6 +205,33 @@ def test_no_score_between_visual_tokens_is_computed():
         assert (states[:, :2] == EMPTY).all()
     assert (plan(CompositeModality(VISUAL), tiles).states[0, 0, 29:, :28] == FULL).all()
     assert plan(CompositeModality(VISUAL), tiles).density < plan(Causal(), tiles).density / 3
+
+
+def products(mask: Mask, length: int) -> tuple[int, int]:
+    """FLOPs of the products of the tiled engine, forward and backward."""
+    text, tensors = mask.flatten()
+    query, key, value, grad = (torch.randn(1, 1, length, 8) for _ in range(4))
+    loop = loop_for(query, key, value, tensors, [], None, text, "", Softmax().flatten()[0], 1.0, 0.0)
+    with FlopCounterMode(display=False) as forward:
+        out, lse = loop.forward()
+    with FlopCounterMode(display=False) as backward:
+        loop.backward(grad, torch.zeros_like(lse), out, lse, train_bias=False)
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def test_scores_between_visual_tokens_cost_nothing_in_either_pass():
+    """128 tokens of text after an image: the work grows with the image, where a causal mask's grows with its square."""
+    for index in range(2):
+        small, large = (products(CompositeModality(flags(n + 128, (0, n))), n + 128)[index] for n in (1024, 2048))
+        assert large <= 2 * small
+        causal_small, causal_large = (products(Causal(), n + 128)[index] for n in (1024, 2048))
+        assert causal_large > 3 * causal_small
+        assert large < causal_large / 5
+
+
+def test_the_engine_of_choice_skips_what_is_between_visual_tokens():
+    query = torch.randn(1, 1, 2176, 8, requires_grad=True)
+    assert explain(query, query, query, mask=CompositeModality(flags(2176, (0, 2048)))).engine in ("tiled", "flex")
 
 
 def test_a_visual_token_gets_its_own_value_and_output_projection():

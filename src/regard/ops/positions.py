@@ -113,7 +113,10 @@ def lrpe_angles(
 def layer_decay(
     heads: int, layer: int = 0, layers: int = 1, *, device: torch.device | str | None = None
 ) -> Float[Tensor, " heads"]:
-    """Log-decays of LRPE-d, ``−(8 h / heads) (1 − layer / layers)`` for h = 1 … heads: later layers see further."""
+    """Log-decays of LRPE-d, ``−(8 h / heads) (1 − layer / layers)`` for h = 1 … heads: later layers see further.
+
+    The paper does not say where h and `layer` begin; its authors' code, whose slopes are others, counts them so.
+    """
     require(heads > 0, "layer_decay", f"heads {heads}", "give a positive number")
     require(0 <= layer < layers, "layer_decay", f"layer {layer} of {layers}", "count from 0 to layers − 1")
     head = torch.arange(1, heads + 1, dtype=torch.float32, device=device)

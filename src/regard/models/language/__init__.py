@@ -1,6 +1,24 @@
 """Language models around any mechanism."""
 
-from regard.models.language.decoder import Decoder, DecoderBlock, ShortConvolution
+from regard.models.language.decoder import Decoder, DecoderBlock, LanguageModel, ShortConvolution
+from regard.models.language.masked import MaskedLanguageHead, mask_tokens
 from regard.models.language.ranker import RankerBlock, ResponseRanker
+from regard.models.language.sensitivity import SourceSensitivity, source_sensitivity
+from regard.models.language.transnormer import SIZES, SimpleGLU, TransNormerBlock, TransNormerLM
 
-__all__ = ["Decoder", "DecoderBlock", "RankerBlock", "ResponseRanker", "ShortConvolution"]
+__all__ = [
+    "SIZES",
+    "Decoder",
+    "DecoderBlock",
+    "LanguageModel",
+    "MaskedLanguageHead",
+    "RankerBlock",
+    "ResponseRanker",
+    "ShortConvolution",
+    "SimpleGLU",
+    "SourceSensitivity",
+    "TransNormerBlock",
+    "TransNormerLM",
+    "mask_tokens",
+    "source_sensitivity",
+]

@@ -92,7 +92,44 @@ class DecoderBlock(nn.Module):
         return x + self.mlp(self.norms[2](x)), BlockState(convolution, mixer)
 
 
-class Decoder(nn.Module):
+class LanguageModel(nn.Module):
+    """Embedding, blocks, norm and head, all at once or token by token.
+
+    A derived class builds them; a block has ``forward(x)``, ``init_state(batch)`` and ``step(x, state)``.
+    """
+
+    embedding: nn.Embedding
+    blocks: nn.ModuleList
+    norm: nn.Module
+    head: nn.Linear
+
+    def embed(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
+        """What the first block sees."""
+        return self.embedding(tokens)
+
+    def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length vocabulary"]:
+        """Logits of the token after each."""
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def init_state(self, batch: int) -> list[Any]:
+        """The state before the first token, one entry per block."""
+        return [block.init_state(batch) for block in self.blocks]  # pyright: ignore[reportCallIssue] a block
+
+    def step(
+        self, tokens: Int[Tensor, "batch new"], state: Sequence[Any]
+    ) -> tuple[Float[Tensor, "batch new vocabulary"], list[Any]]:
+        """Logits after one or more further tokens, and the state after them."""
+        x, after = self.embed(tokens), []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, new = block.step(x, before)  # pyright: ignore[reportCallIssue] a block
+            after.append(new)
+        return self.head(self.norm(x)), after
+
+
+class Decoder(LanguageModel):
     """Tokens in, logits of the next token out.
 
     Args:
@@ -120,12 +157,7 @@ class Decoder(nn.Module):
         super().__init__()
         for name, value in (("vocabulary", vocabulary), ("layers", layers), ("convolution", convolution)):
             require(value > 0, "Decoder", f"{name} {value}", "give a positive number")
-        require(
-            card(mechanism).contract.input != "grid",
-            "Decoder",
-            f"mechanism {mechanism!r} takes a grid",
-            "choose one of mechanisms(pattern='causal self', input='tokens')",
-        )
+        require_tokens("Decoder", mechanism)
         self.mechanism = mechanism
         factory = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(vocabulary, dim, **factory)
@@ -137,23 +169,12 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(dim, **factory)
         self.head = nn.Linear(dim, vocabulary, bias=False, **factory)
 
-    def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length vocabulary"]:
-        """Logits of the token after each."""
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
 
-    def init_state(self, batch: int) -> list[BlockState]:
-        """The state before the first token, one entry per block."""
-        return [block.init_state(batch) for block in self.blocks]  # pyright: ignore[reportCallIssue] DecoderBlock
-
-    def step(
-        self, tokens: Int[Tensor, "batch new"], state: Sequence[BlockState]
-    ) -> tuple[Float[Tensor, "batch new vocabulary"], list[BlockState]]:
-        """Logits after one or more further tokens, and the state after them."""
-        x, after = self.embedding(tokens), []
-        for block, before in zip(self.blocks, state, strict=True):
-            x, new = block.step(x, before)  # pyright: ignore[reportCallIssue] DecoderBlock
-            after.append(new)
-        return self.head(self.norm(x)), after
+def require_tokens(owner: str, mechanism: str) -> None:
+    """Raise ValueError for a mechanism over grids."""
+    require(
+        card(mechanism).contract.input != "grid",
+        owner,
+        f"mechanism {mechanism!r} takes a grid",
+        "choose one of mechanisms(pattern='causal self', input='tokens')",
+    )

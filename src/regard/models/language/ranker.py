@@ -6,17 +6,25 @@ arXiv 2106.01263.
     row      = [context, candidate 1, …, candidate R]
     x        = token + position + type embeddings; every candidate has the position ids that follow the context
     x        = encoder(x) under `CandidateIsolation`
-    score_r  = w · mean of candidate r's tokens;   trained by cross-entropy over the scores
+    score_r  = w · mean of candidate r's tokens
+    loss     = cross-entropy over the scores + masked language model, of one pass over tokens of which 15 % were drawn
 
-The cost of the context is paid once, not once for each candidate.
+The cost of the context is paid once, not once for each candidate. A batch's right responses make good candidates for
+all of its contexts.
 
 In the paper's ``"arrow"`` attention the context looks at the candidates, so that from the second layer on a score
 depends a little on which others stand beside it; with ``"one_way"`` every score is exactly that of the candidate alone
 with its context, and the context can be encoded beforehand. ``"diagonal"`` compares context and candidate in nothing.
 
-Differences: pre-norm blocks trained from nothing stand for the pretrained BERT, and the auxiliary masked-language-model
-loss that the paper adds to the cross-entropy is left to the training loop. The score has no bias: it would be the same
-for all candidates.
+As in the release, context and candidates are both masked, the two losses have the same weight, and the head of the
+masked language model is BERT's (`MaskedLanguageHead`). A step of training:
+
+    context, words = mask_tokens(context, mask_token=103, vocabulary=30522, special=(0, 101, 102))
+    candidates, more_words = mask_tokens(candidates, mask_token=103, vocabulary=30522, special=(0, 101, 102))
+    sum(model.losses(context, candidates, right, words, more_words)).backward()
+
+Differences: the paper goes on from BERT's weights, which are not loaded here: pre-norm blocks around any mechanism
+stand for BERT's, and are trained from nothing. The score has no bias: it would be the same for all candidates.
 """
 
 from __future__ import annotations
@@ -24,10 +32,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from regard.catalogue import card
+from regard.models.language.masked import IGNORED, MaskedLanguageHead
 from regard.models.mixers import build_mixers
 from regard.models.vision.encoder import EncoderBlock
 from regard.ops.checks import require
@@ -92,6 +102,7 @@ class ResponseRanker(nn.Module):
         self.blocks = nn.ModuleList(RankerBlock(mixer, dim, **factory) for mixer in mixers)
         self.norm = nn.RMSNorm(dim, **factory)
         self.head = nn.Linear(dim, 1, bias=False, **factory)
+        self.words = MaskedLanguageHead(vocabulary, dim, **factory)
 
     def forward(
         self,
@@ -102,6 +113,36 @@ class ResponseRanker(nn.Module):
         candidate_lengths: Int[Tensor, "batch count"] | None = None,
     ) -> Float[Tensor, "batch count"]:
         """The score of each candidate; what stands beyond the lengths is padding."""
+        x, real = self._encode(context, candidates, context_lengths, candidate_lengths)
+        return self._scores(x, real, candidates)
+
+    def losses(
+        self,
+        context: Int[Tensor, "batch context_length"],
+        candidates: Int[Tensor, "batch count candidate_length"],
+        right: Int[Tensor, " batch"],
+        context_words: Int[Tensor, "batch context_length"],
+        candidate_words: Int[Tensor, "batch count candidate_length"],
+        *,
+        context_lengths: Int[Tensor, " batch"] | None = None,
+        candidate_lengths: Int[Tensor, "batch count"] | None = None,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Cross-entropy of the `right` candidates, and that of the words that `mask_tokens` hid. Train on their sum."""
+        require(
+            context_words.shape == context.shape and candidate_words.shape == candidates.shape,
+            "ResponseRanker",
+            lambda: f"words of shapes {tuple(context_words.shape)} and {tuple(candidate_words.shape)}",
+            "give the labels that mask_tokens returns for context and candidates",
+        )
+        x, real = self._encode(context, candidates, context_lengths, candidate_lengths)
+        labels = torch.cat([context_words, candidate_words.flatten(1)], dim=1).masked_fill(~real, IGNORED)
+        ranking = F.cross_entropy(self._scores(x, real, candidates), right)
+        return ranking, self.words.loss(x, labels, self.token.weight)
+
+    def _encode(
+        self, context: Tensor, candidates: Tensor, context_lengths: Tensor | None, candidate_lengths: Tensor | None
+    ) -> tuple[Float[Tensor, "batch row dim"], Bool[Tensor, "batch row"]]:
+        """Vectors of the context and then of all candidates, and which of them are not padding."""
         require(
             context.ndim == 2 and candidates.ndim == 3 and len(context) == len(candidates),
             "ResponseRanker",
@@ -122,17 +163,23 @@ class ResponseRanker(nn.Module):
             "build with a greater length, or cut them",
         )
         places = [torch.arange(size, device=context.device) for size in (begin, width)]
-        real = (places[0] < context_lengths[:, None], places[1] < candidate_lengths[..., None])
+        real = [places[0] < context_lengths[:, None], (places[1] < candidate_lengths[..., None]).flatten(1)]
+        real = torch.cat(real, dim=1)
         after = (context_lengths[:, None] + places[1])[:, None].expand(-1, count, -1)
         positions = torch.cat([places[0].expand(batch, -1), after.flatten(1)], dim=1)
         ids = torch.arange(1, count + 1, device=context.device).repeat_interleave(width)
         ids = torch.cat([ids.new_zeros(begin), ids])
-        mask = CandidateIsolation(ids, self.pattern) & Keys(torch.cat([real[0], real[1].flatten(1)], dim=1))
+        mask = CandidateIsolation(ids, self.pattern) & Keys(real)
 
         tokens = torch.cat([context, candidates.flatten(1)], dim=1)
         x = self.token(tokens) + self.position(positions) + self.kind((ids > 0).long())
         for block in self.blocks:
             x = block(x, mask)
-        found = self.norm(x)[:, begin:].unflatten(1, (count, width))
-        share = real[1] / candidate_lengths.clamp(min=1)[..., None]
-        return self.head((found * share[..., None].to(found.dtype)).sum(2))[..., 0]
+        return self.norm(x), real
+
+    def _scores(self, x: Tensor, real: Tensor, candidates: Tensor) -> Float[Tensor, "batch count"]:
+        count, width = candidates.shape[1:]
+        begin = x.shape[1] - count * width
+        x, real = (row[:, begin:].unflatten(1, (count, width)) for row in (x, real))
+        share = real / real.sum(-1, keepdim=True).clamp(min=1)
+        return self.head((x * share[..., None].to(x.dtype)).sum(2))[..., 0]

@@ -12,9 +12,10 @@ Parameters: 3 d² (optimised), 2 d² (efficient) and 2 d² + ℓ² (super) where
 Cost: time O(n m d), memory O(n d); super O(m² d) more for the alignment, memory O(n d + ℓ²). Super attention is for
 sequences of one length: it takes shorter ones, which the first rows and columns of W^A align, and refuses longer ones.
 
-Differences: more heads than one in efficient and super attention slice keys and values like optimised attention.
-Padding is left out of the alignment, and packed sequences are aligned each by itself. Positions other than none are
-options of the first two that the paper does not discuss.
+With more heads than one, efficient and super attention slice keys and values like optimised attention.
+
+Differences: padding is left out of the alignment, and packed sequences are aligned each by itself. Positions other than
+none are options of the first two that the paper does not discuss.
 """
 
 from __future__ import annotations

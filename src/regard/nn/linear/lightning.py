@@ -9,8 +9,8 @@ the root mean square over all heads together and has no parameters.
 
 Cost: time O(n d² / h + n c d) with chunks of c tokens, memory O(n d); the decoding state is d² / h numbers.
 
-Differences: none from the equations of the paper. The authors' example layer also passes v through swish, uses a
-low-rank sigmoid gate and LayerNorm; LRPE, which the paper adds in the first layer, is a later row of the table.
+Differences: these slopes are those of the authors' code; the paper's are in `transnormer`, which also has the LRPE of
+the first layer. The authors' example layer passes v through swish too, and uses a low-rank sigmoid gate and LayerNorm.
 """
 
 from __future__ import annotations
@@ -91,14 +91,7 @@ class LightningAttention(Mechanism):
         self.check_tokens(x, None, mask, None, takes_positions=False)
         self.check_width(x, self.dim)
         query, key, value = self._project(x)
-        decay = self.log_decay
-        if mask is not None:
-            mask.validate(x.shape[0], self.heads, x.shape[1], x.shape[1])
-        if isinstance(mask, Padding):
-            key = key * mask.real(x.shape[1])[:, None, :, None].to(key.dtype)
-        elif isinstance(mask, Segments):
-            forgets = mask.starts().view(-1, 1, x.shape[1])
-            decay = decay.view(1, -1, 1).masked_fill(forgets, -torch.inf).expand(x.shape[0], -1, -1)
+        key, decay = self._masked(key, mask)
         return self._read_out(x, linear_attention(query, key, value, log_decay=decay))
 
     def init_state(self, batch: int) -> Float[Tensor, "batch heads head_dim head_dim"]:
@@ -121,6 +114,19 @@ class LightningAttention(Mechanism):
             return rearrange(tensor, "batch length (heads width) -> batch heads length width", heads=self.heads)
 
         return split(F.silu(self.query(x))), split(F.silu(self.key(x))), split(self.value(x))
+
+    def _masked(self, key: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        """Keys without padding, and decays that forget what came before a segment."""
+        batch, length = key.shape[0], key.shape[2]
+        decay = self.log_decay
+        if mask is not None:
+            mask.validate(batch, self.heads, length, length)
+        if isinstance(mask, Padding):
+            key = key * mask.real(length)[:, None, :, None].to(key.dtype)
+        elif isinstance(mask, Segments):
+            forgets = mask.starts().view(-1, 1, length)
+            decay = decay.view(1, -1, 1).masked_fill(forgets, -torch.inf).expand(batch, -1, -1)
+        return key, decay
 
     def _read_out(self, x: Tensor, mixed: Tensor) -> Tensor:
         mixed = rearrange(mixed, "batch heads length width -> batch length (heads width)")

@@ -10,10 +10,13 @@ the n × m × d' hidden values nor the scores are ever kept, forward or backward
 
 Cost: time O(n m (d + h d'²)), memory O((n + m) d).
 
-Differences: as in the release there are two hidden layers, of d' and d'/2, and no factor 1/√d; w_3 has no bias, where
-the softmax takes it off again. d' is 2 by default, what the release's head_dim / 32 is for heads of 64. W_2
-starts non-positive and b_2 non-negative: with d' = 2 they end in a single unit, which would often start dead, and every
-gradient with it; this way it is alive where the first layer is silent.
+Differences: the network is that of the release, the same in its models of text and of images: two hidden layers, of d'
+and d'/2, and d' = head_dim / 32, which is 2 for its heads of 64 and our default. The paper's formula, as far as it
+could be read, has one, w_aᵀ σ(W_h [q_i; k_j] + b_h) + b_a, which the two contain: a large b_2 makes the second ReLU
+the identity. Neither has a factor 1/√d, which the release's dot products do have. w_3 has no bias, where the softmax
+takes it off again. W_2 starts non-positive and b_2 non-negative, of the size that torch gives them: with d' = 2 they
+end in a single unit, and as the release starts one network in three has a dead one and no gradient at all; this way it
+is alive where the first layer is silent. The release has such a layer first in a model, then dot products.
 """
 
 from __future__ import annotations

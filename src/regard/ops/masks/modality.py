@@ -58,7 +58,9 @@ class CompositeModality(Mask):
     Attention to oneself alone is the value and output projection of the token, so a visual token passes through a layer
     by the layer's own weights and no score between visual tokens is computed. With ``itself=False`` visual queries get
     zeros. `visual` is a boolean tensor (N,) or (B, N). From "EE-MLLM: A Data-Efficient and Compute-Efficient Multimodal
-    Large Language Model", 2024, arXiv 2408.11795.
+    Large Language Model", 2024, arXiv 2408.11795, whose code is not public. Its abstract says that visual tokens do not
+    attend each other and that each layer's weights align them; that these are the value and output projections, and
+    that an image does not look at the text before it, is our reading.
     """
 
     visual: Bool[Tensor, "*batch keys"]
@@ -137,7 +139,7 @@ class CausalCross(Mask):
     consecutive keys. `frames` is a number, or an integer tensor (B,) for videos of several lengths padded to `keys`
     keys; what stands behind the last frame is not looked at. From "Video-CCAM: Enhancing Video-Language Understanding
     with Causal Cross-Attention Masks for Short and Long Videos", 2024, arXiv 2408.14023. The rounding where T does not
-    divide N is ours: the authors' repository does not hold the code of the mask.
+    divide N is ours: the authors' repository does not hold the code of the mask, which comes with their checkpoints.
     """
 
     queries: int
