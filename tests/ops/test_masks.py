@@ -221,3 +221,11 @@ def test_masks_move_with_to():
 def test_a_mask_that_makes_no_sense_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1, 2), (3, 1), (1, 1)])
+def test_a_dense_mask_compiles_whatever_it_is_the_same_for(shape):
+    mask = Dense(torch.rand(*shape, 300, 300) < 0.5)
+    tensors = torch.randn(3, 3, 2, 300, 8).unbind()
+    compiled = torch.compile(lambda *tensors: attention(*tensors, mask=mask), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), attention(*tensors, mask=mask, backend="reference"))

@@ -188,12 +188,12 @@ class Dense(Mask):
 
     def allows(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = query - (self.allowed.shape[-1] - self.allowed.shape[-2])
-        if self.allowed.ndim == 2:
-            return self.allowed[row, key]
-        # Indexing a size-1 axis with zeros keeps the result from growing along it.
-        sample = batch if self.allowed.shape[0] > 1 else row.new_zeros(())
-        of_head = head if self.allowed.shape[1] > 1 else row.new_zeros(())
-        return self.allowed[sample, of_head, row, key]
+        allowed, index = self.allowed, [row, key]
+        if allowed.ndim == 4:
+            # An axis of size 1 is taken away, so that the result does not grow along it.
+            index = [of for of, size in ((batch, allowed.shape[0]), (head, allowed.shape[1])) if size > 1] + index
+            allowed = allowed.squeeze((0, 1))
+        return allowed[tuple(index)]
 
     def tile_states(self, tiles: Tiles) -> Tensor:
         rows = self.allowed.split(tiles.query_tile, dim=-2)
