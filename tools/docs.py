@@ -13,7 +13,7 @@ import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from regard.catalogue import Card, Contract, Paper, card, mechanisms
+from regard.catalogue import Card, Contract, Paper, Taxonomy, card, mechanisms
 from regard.testing import Case, cases
 
 INDEX = "mechanisms/index.md"
@@ -114,6 +114,12 @@ def page(entry: Card) -> str:
             "Proved with the default arguments, and with these:",
             _table(("arguments", "what changes in the contract"), options),
         ]
+    kind = [(f"`{item.name}`", _words(getattr(entry.taxonomy, item.name))) for item in fields(Taxonomy)]
+    parts += [
+        "## Taxonomy",
+        "What kind of attention it is, as [`Taxonomy`](../catalogue.md#regard.catalogue.taxonomy.Taxonomy) explains.",
+        _table(("of", "kind"), kind),
+    ]
     return "\n\n".join(parts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeVar, get_args
@@ -14,6 +14,7 @@ from torch import nn
 
 from regard.catalogue.contract import Contract, Input, OptionSet, Pattern
 from regard.catalogue.papers import Paper, paper
+from regard.catalogue.taxonomy import Facet, Taxonomy, require_facet
 from regard.ops.checks import one_of, require
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
@@ -23,12 +24,13 @@ _cards: dict[str, Card] = {}
 
 @dataclass(frozen=True)
 class Card:
-    """One mechanism: its key, class, sources and contract."""
+    """One mechanism: its key, class, sources, contract and kind of attention."""
 
     key: str
     cls: type[nn.Module]
     papers: tuple[Paper, ...]
     contract: Contract
+    kind: Taxonomy = field(default_factory=Taxonomy)
 
     @property
     def description(self) -> str:
@@ -39,6 +41,11 @@ class Card:
     def summary(self) -> str:
         """The first line of the class docstring."""
         return inspect.cleandoc(self.cls.__doc__ or "").partition("\n")[0]
+
+    @property
+    def taxonomy(self) -> Taxonomy:
+        """Its `kind` with what follows from the contract."""
+        return self.kind.under(self.contract)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -77,12 +84,16 @@ class Card:
 
 
 def register(
-    key: str, *, paper: str | Paper | tuple[str | Paper, ...], contract: Contract
+    key: str,
+    *,
+    paper: str | Paper | tuple[str | Paper, ...],
+    contract: Contract,
+    taxonomy: Taxonomy | None = None,
 ) -> Callable[[ModuleClass], ModuleClass]:
     """Class decorator that enters a mechanism under `key`.
 
-    `paper` is the key of a row of the papers table, a `Paper` for a source outside it, or several of either. The class
-    gets the attribute ``card``.
+    `paper` is the key of a row of the papers table, a `Paper` for a source outside it, or several of either.
+    `taxonomy` says where a mechanism is not of the usual kind. The class gets the attribute ``card``.
     """
     sources = paper if isinstance(paper, tuple) else (paper,)
 
@@ -94,7 +105,7 @@ def register(
             f"key {key!r} is already taken by {taken.cls.__module__ if taken else ''}",
             "choose another key",
         )
-        card = Card(key, cls, tuple(_source(source) for source in sources), contract)
+        card = Card(key, cls, tuple(_source(source) for source in sources), contract, taxonomy or Taxonomy())
         cls.card = card  # pyright: ignore[reportAttributeAccessIssue] the decorator adds it
         _cards[key] = card
         return cls
@@ -124,8 +135,8 @@ def create(key: str, *args: object, **arguments: object) -> nn.Module:
     return card(key).build(*args, **arguments)  # pyright: ignore[reportArgumentType] build checks the names
 
 
-def mechanisms(*, pattern: Pattern | None = None, **declared: object) -> list[str]:
-    """Keys of the mechanisms that have `pattern` and whose contract fields equal `declared`.
+def mechanisms(*, pattern: Pattern | None = None, facet: Facet | None = None, **declared: object) -> list[str]:
+    """Keys of the mechanisms that have `pattern` and `facet` and whose contract fields equal `declared`.
 
     >>> mechanisms(pattern="causal self", input="tokens", step=True, state="constant")
     """
@@ -136,9 +147,12 @@ def mechanisms(*, pattern: Pattern | None = None, **declared: object) -> list[st
     for name, value, valid in (("pattern", pattern, Pattern), ("input", declared.get("input"), Input)):
         if value is not None:
             one_of("mechanisms", name, value, get_args(valid))
+    if facet is not None:
+        require_facet("mechanisms", "facet", facet)
     return sorted(
         key
         for key, entry in _cards.items()
         if (pattern is None or pattern in entry.contract.patterns)
+        and (facet is None or facet in entry.taxonomy.facets)
         and all(getattr(entry.contract, name) == value for name, value in declared.items())
     )

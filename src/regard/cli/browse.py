@@ -13,7 +13,7 @@ from typing import Annotated, get_args
 import typer
 from rich.console import Console
 
-from regard.catalogue import Card, Contract, Paper, Pattern, card, mechanisms, paper, papers
+from regard.catalogue import Card, Contract, Facet, Paper, Pattern, Taxonomy, card, mechanisms, paper, papers
 from regard.catalogue.contract import Input
 from regard.cli.app import app, fail, open_console, print_rows
 
@@ -31,6 +31,7 @@ def list_(
     room: Annotated[str | None, typer.Option(help="Only papers of this part of the library, e.g. nn/heads.")] = None,
     pattern: Annotated[str | None, typer.Option(help="Only mechanisms that attend so, e.g. 'causal self'.")] = None,
     input_: Annotated[str | None, typer.Option("--input", help="Only mechanisms that take this, e.g. tokens.")] = None,
+    facet: Annotated[str | None, typer.Option(help="Only mechanisms of this kind in the taxonomy, e.g. local.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the mechanisms, then the other papers: those implemented, and those open, by wave.
@@ -43,9 +44,11 @@ def list_(
     _check("--room", room, sorted({row.room for row in papers().values()}))
     _check("--pattern", pattern, get_args(Pattern))
     _check("--input", input_, get_args(Input))
-    declared = {name: value for name, value in (("pattern", pattern), ("input", input_)) if value is not None}
+    _check("--facet", facet, get_args(Facet))
+    filters = {"pattern": pattern, "input": input_, "facet": facet}
+    declared = {name: value for name, value in filters.items() if value is not None}
     if declared and implemented is False:
-        fail("--open with --pattern or --input finds nothing: only an implemented mechanism declares them")
+        fail("--open with --pattern, --input or --facet finds nothing: only an implemented mechanism declares them")
     wanted = [row for row in papers().values() if wave in (None, row.wave) and room in (None, row.room)]
     rows = [] if declared else [row for row in wanted if implemented in (None, row.implemented)]
     cards = [] if implemented is False else [card(key) for key in mechanisms(**declared)]  # pyright: ignore[reportArgumentType] checked above
@@ -59,7 +62,7 @@ def list_(
 
 @app.command()
 def show(key: Annotated[str, typer.Argument(help="A mechanism, or a paper of the table.")]) -> None:
-    """Show a mechanism: source, equation, cost, contract, arguments. Or a paper: what must work of it, and where."""
+    """Show a mechanism: source, equation, cost, contract, kind, arguments. Or a paper: what must work, and where."""
     console = open_console()
     if key in mechanisms():
         _show_card(console, card(key))
@@ -95,6 +98,9 @@ def _show_card(console: Console, entry: Card) -> None:
         (item.name, _say(getattr(entry.contract, item.name))) for item in fields(Contract) if item.name != "options"
     ]
     print_rows(console, "", "Contract", ("declares", "value"), contract)
+    _print_text(console, "")
+    answers = [(item.name, _say(getattr(entry.taxonomy, item.name))) for item in fields(Taxonomy)]
+    print_rows(console, "", "Taxonomy", ("of", "kind"), answers)
     _print_text(console, "")
     arguments = [
         (name, "required" if item.default is item.empty else repr(item.default), _type(item.annotation))
@@ -162,6 +168,7 @@ def _card_record(entry: Card) -> dict[str, object]:
         "patterns": contract.patterns,
         "state": contract.state,
         "attention_map": contract.attention_map,
+        "taxonomy": entry.taxonomy.facets,
         "time": contract.time,
         "memory": contract.memory,
         "class": f"{entry.cls.__module__}:{entry.cls.__name__}",

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.catalogue import Contract, OptionSet, register
+from regard.catalogue import Contract, OptionSet, Taxonomy, register
 from regard.nn.mechanism import Mechanism
 from regard.ops.checks import require
 
@@ -28,6 +28,7 @@ KERNEL_SIZE, MOMENTUM = 7, 0.01
 @register(
     "cbam",
     paper="cbam",
+    taxonomy=Taxonomy(representations="multi-dimensional"),
     contract=Contract(
         input="feature_map",
         time="n*(d + kernel_size**2) + d*d/reduction",

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.catalogue import Contract, OptionSet, register
+from regard.catalogue import Contract, OptionSet, Taxonomy, register
 from regard.nn.mechanism import Mechanism
 from regard.ops.checks import require
 
@@ -34,6 +34,7 @@ def adaptive_kernel_size(dim: int) -> int:
 @register(
     "eca",
     paper="eca",
+    taxonomy=Taxonomy(representations="multi-dimensional"),
     contract=Contract(
         input="feature_map",
         time="n*d",

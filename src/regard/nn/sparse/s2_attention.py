@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.catalogue import OptionSet, register
+from regard.catalogue import OptionSet, Taxonomy, register
 from regard.nn.attention import ATTENTION, Attention, Position
 from regard.ops.attention import attention
 from regard.ops.checks import one_of, require
@@ -104,6 +104,7 @@ class _ShardThenBand(Mask):
 @register(
     "s2_attention",
     paper="s2_attention",
+    taxonomy=Taxonomy(positions="local"),
     contract=replace(
         ATTENTION,
         patterns=("causal self",),

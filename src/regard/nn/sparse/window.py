@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regard.catalogue import OptionSet, Paper, register
+from regard.catalogue import OptionSet, Paper, Taxonomy, register
 from regard.nn.attention import ATTENTION, Attention, Position
 from regard.ops.attention import attention
 from regard.ops.checks import one_of, require
@@ -48,6 +48,7 @@ class WindowState:
             arxiv="2309.17453",
         ),
     ),
+    taxonomy=Taxonomy(positions="local"),
     contract=replace(
         ATTENTION,
         patterns=("noncausal self", "causal self"),

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regard.catalogue import Contract, OptionSet, register
+from regard.catalogue import Contract, OptionSet, Taxonomy, register
 from regard.nn.mechanism import Mechanism, head_width
 from regard.ops.checks import require
 from regard.ops.neighborhood import neighborhood_attention
@@ -28,6 +28,7 @@ from regard.ops.neighborhood import neighborhood_attention
 @register(
     "dinat",
     paper=("dinat", "faster_na", "gna"),
+    taxonomy=Taxonomy(positions="local"),
     contract=Contract(
         input="grid",
         patterns=("noncausal self", "causal self"),
