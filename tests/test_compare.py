@@ -163,8 +163,12 @@ def test_a_spent_budget_is_told_and_the_rest_can_follow(tmp_path: Path):
     [
         (("--mechanisms", "windw"), "mechanism 'windw' is not known; did you mean 'window'?"),
         (("--mechanisms", "window:windw=3"), "argument 'windw' is not known; it takes"),
-        (("--task", "chess"), "task 'chess' is not known; valid values: recall, text, digits, or none"),
+        (("--task", "chess"), "task 'chess' is not known; valid values: recall, text, digits, hull, delaunay, tour"),
         (("--mechanisms", "lightning", "--task", "digits"), "task digits needs 'noncausal self'"),
+        (
+            ("--mechanisms", "lightning", "--task", "hull"),
+            "task hull needs 'noncausal cross', which lightning cannot do",
+        ),
         (("--lengths", "64,512"), "length 64 is too short for window 64 of window:window=64"),
         (("--lengths", "12,512"), "length 12 is too short"),
         (("--lengths", "many"), "--lengths 'many': give whole numbers"),

@@ -10,7 +10,7 @@ import torch
 from made_up import MACHINE, quality, results
 
 import regard
-from regard.bench.plan import BASELINE, DEFAULT_MECHANISMS, Plan, TimingTask, make_plan, this_machine
+from regard.bench.plan import BASELINE, DEFAULT_MECHANISMS, DEFAULT_TASKS, Plan, TimingTask, make_plan, this_machine
 from regard.bench.quality import TRIALS
 from regard.bench.results import Refusal, Results, Settings, TimingCell
 from regard.bench.variant import Variant
@@ -35,7 +35,7 @@ def settings(**changes: object) -> Settings:
 
 
 def default(**changes: object) -> Settings:
-    given = {"mechanisms": [*DEFAULT_MECHANISMS], "tasks": [*TRIALS], "lengths": [512, 1024, 2048, 4096]}
+    given = {"mechanisms": [*DEFAULT_MECHANISMS], "tasks": [*DEFAULT_TASKS], "lengths": [512, 1024, 2048, 4096]}
     return settings(**{**given, "dim": 256, "heads": 4, **changes})
 
 
@@ -98,7 +98,8 @@ def test_no_mechanisms_are_refused():
 
 
 def test_unknown_task_is_refused_with_those_there_are():
-    assert refusal(tasks=["texts"]) == "task 'texts' is not known; valid values: recall, text, digits, or none"
+    known = "recall, text, digits, hull, delaunay, tour, or none"
+    assert refusal(tasks=["texts"]) == f"task 'texts' is not known; valid values: {known}"
 
 
 @pytest.mark.parametrize(
@@ -107,11 +108,21 @@ def test_unknown_task_is_refused_with_those_there_are():
         ("recall", ["efficient_attention", "eca"], CAUSAL),
         ("text", ["cbam"], CAUSAL),
         ("digits", ["lightning"], NONCAUSAL),
+        ("hull", ["lightning", "eca"], "noncausal cross"),
     ],
 )
 def test_task_that_no_mechanism_can_do_is_refused(task: str, mechanisms: list[str], needed: str):
     said = refusal(tasks=[task], mechanisms=mechanisms)
     assert said == f"task {task} needs '{needed}', which {', '.join(mechanisms)} cannot do; add a mechanism that can"
+
+
+@pytest.mark.parametrize("task", ["hull", "delaunay", "tour"])
+def test_cross_attention_whose_weights_are_no_distribution_cannot_point(task: str):
+    said = refusal(tasks=[task], mechanisms=["sigmoid_attention"])
+    assert said == (
+        f"task {task} needs 'noncausal cross' over tokens, with exact weights and any mask, which sigmoid_attention "
+        "cannot do; add a mechanism that can"
+    )
 
 
 @pytest.mark.parametrize("key", regard.mechanisms(pattern=CAUSAL, input="grid"))
@@ -207,7 +218,7 @@ def test_default_plan_trains_each_mechanism_on_all_it_can_do(default_plan: Plan)
     found = {(task.task, str(task.variant)) for task in default_plan.quality}
     assert found == {
         (task, name)
-        for task in TRIALS
+        for task in DEFAULT_TASKS
         for name in DEFAULT_MECHANISMS
         if TRIALS[task].pattern in Variant.parse(name).card.contract.patterns
         and (task == "digits" or Variant.parse(name).card.contract.input == "tokens")

@@ -15,13 +15,15 @@ from regard.bench.quality import TRIALS, Trial, train
 from regard.bench.results import QualityCell
 from regard.bench.variant import Variant
 from regard.models.language import Decoder
+from regard.models.pointer import PointerNetwork
 from regard.models.vision import Encoder
 from regard.tasks import digits, text
 from regard.testing.checks.decoding import state_bytes
 
 CPU = torch.device("cpu")
 EXACT = Variant("multi_head")
-TESTED = {"recall": 320, "text": 128, "digits": 450}
+TESTED = {"recall": 320, "text": 128, "digits": 450, "hull": 600, "delaunay": 500, "tour": 600}
+MODELS = {"recall": Decoder, "text": Decoder, "digits": Encoder}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for trial in TRIALS.values():
         monkeypatch.setattr(trial, "steps", 3)
     monkeypatch.setattr(TRIALS["recall"], "tested", 4)
-    monkeypatch.setattr(TRIALS["text"], "tested", 4)
+    for task in ("text", "hull", "delaunay", "tour"):
+        monkeypatch.setattr(TRIALS[task], "tested", 4)
 
 
 def measurements(cell: QualityCell) -> dict[str, object]:
@@ -68,6 +71,19 @@ class GuessClass(Guess):
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append(x)
         return self.answers(x.shape[:1])
+
+
+class GuessOrder(Guess):
+    """Names all points once, in any order."""
+
+    def decode(self, points: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        self.seen.append(points)
+        order = torch.rand(points.shape[:2], generator=self.random).argsort(1)
+        return order[:, :longest], torch.zeros(len(points))
+
+    def loss(self, points: Tensor, answers: Tensor) -> Tensor:
+        self.seen.append(points)
+        return torch.zeros(())
 
 
 class Fixed(nn.Module):
@@ -211,17 +227,20 @@ def test_model_is_tested_in_eval_mode(task: str, monkeypatch: pytest.MonkeyPatch
 def test_tasks_take_exactly_what_their_model_can_be_built_with(task: str, key: str):
     trial, variant = TRIALS[task], Variant(key)
     if trial.takes(variant):
-        assert isinstance(trial.model(variant), Encoder if task == "digits" else Decoder)
+        assert isinstance(trial.model(variant), MODELS.get(task, PointerNetwork))
         levels = trial.samples(trial.model(variant), CPU, 1)
         assert all(torch.isfinite(scores).all() for scores in levels.values())
     else:
-        with pytest.raises(ValueError, match=key if variant.card.contract.input != "grid" else "grid"):
+        grid = task in MODELS and variant.card.contract.input == "grid"
+        with pytest.raises(ValueError, match="grid" if grid else key):
             trial.samples(trial.model(variant), CPU, 1)
 
 
 def guesser(task: str, seed: int = 0) -> Guess:
     if task == "digits":
         return GuessClass(digits.CLASSES, seed=seed)
+    if task in ("hull", "delaunay", "tour"):
+        return GuessOrder(0, seed=seed)
     return GuessToken(128, lowest=64, seed=seed) if task == "recall" else GuessToken(256, seed=seed)
 
 

@@ -98,3 +98,25 @@ def test_bad_arguments_are_named(call, message):
 
 def test_padding_fills_up_answers():
     assert geometry.padded([[1], [2, 3]], 3, -100).tolist() == [[1, -100, -100], [2, 3, -100]]
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 8])
+def test_many_at_once_have_the_answers_of_each(size: int):
+    sets = geometry.uniform_points(40, size, torch.Generator().manual_seed(size))
+    hulls, triangulations, tours = geometry.hulls(sets), geometry.triangulations(sets), geometry.tours(sets)
+    for sample, points in enumerate(sets):
+        assert hulls[sample][hulls[sample] != geometry.IGNORED].tolist() == geometry.hull(points)
+        corners = triangulations[sample][triangulations[sample] != geometry.IGNORED]
+        assert [*map(tuple, corners.view(-1, 3).tolist())] == geometry.delaunay(points)
+        assert sample >= 10 or tours[sample].tolist() == geometry.tour(points)
+
+
+@pytest.mark.parametrize("solve", [geometry.hulls, geometry.triangulations, geometry.tours])
+def test_sets_of_too_few_points_are_refused(solve):
+    with pytest.raises(ValueError, match=r"points of shape \(4, 2, 2\); give \(count, points, 2\)"):
+        solve(torch.rand(4, 2, 2))
+
+
+def test_tours_of_many_points_are_not_tried_out():
+    with pytest.raises(ValueError, match="tours: 9 points; give 3 to 8"):
+        geometry.tours(torch.rand(1, 9, 2))

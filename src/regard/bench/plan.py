@@ -25,6 +25,7 @@ DEFAULT_MECHANISMS = (
     "efficient_attention",
     "dinat:kernel_size=3",
 )
+DEFAULT_TASKS = ("recall", "text", "digits")
 DTYPES = ("float32", "bfloat16", "float16")
 BASELINE = Variant("multi_head")
 """Exact softmax attention, which every timing is compared with."""
@@ -134,8 +135,8 @@ def _check_tasks(settings: Settings, variants: tuple[Variant, ...]) -> None:
             raise Refusal(f"task {task!r} is not known; valid values: {', '.join(TRIALS)}, or none")
         if not any(map(TRIALS[task].takes, variants)):
             given, needed = ", ".join(map(str, variants)), TRIALS[task].pattern
-            over = " over tokens" if any(variant.attends(needed) for variant in variants) else ""
-            raise Refusal(f"task {task} needs {needed!r}{over}, which {given} cannot do; add a mechanism that can")
+            also = TRIALS[task].also if any(variant.attends(needed) for variant in variants) else ""
+            raise Refusal(f"task {task} needs {needed!r}{also}, which {given} cannot do; add a mechanism that can")
 
 
 def _check_shape(settings: Settings, variants: tuple[Variant, ...]) -> None:

@@ -9,61 +9,27 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from abc import ABC, abstractmethod
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regard.bench.pointing import DelaunayTrial, HullTrial, TourTrial
 from regard.bench.results import QualityCell
+from regard.bench.trial import DIM, HEADS, LAYERS, TEST_SEED, Trial
 from regard.bench.variant import Variant
-from regard.catalogue import Pattern, card
+from regard.catalogue import card
 from regard.models.language import Decoder
 from regard.models.vision import Encoder
 from regard.tasks import digits, text
 from regard.tasks.recall import IGNORED, Recall
 from regard.testing.checks.decoding import state_bytes
 
-DIM, HEADS, LAYERS = 64, 2, 2
-TEST_SEED = 2**31
-"""The test samples that are drawn, rather than held out, come from a generator of this seed."""
-
-
-class Trial(ABC):
-    """How a task is trained and scored."""
-
-    pattern: Pattern
-    subject: str
-    """What the verdict calls it."""
-    metric: str
-    better: Literal["higher", "lower"]
-    guessing: float
-    """The score of answers that ignore the input."""
-    steps: int
-    learning_rate: float
-
-    def takes(self, variant: Variant) -> bool:
-        """Whether a mechanism can do the task."""
-        return variant.attends(self.pattern)
-
-    @abstractmethod
-    def model(self, variant: Variant) -> nn.Module:
-        """A model of the task around a mechanism."""
-
-    @abstractmethod
-    def loss(self, model: nn.Module, step: int, random: torch.Generator, device: torch.device) -> Tensor:
-        """The loss on a fresh batch."""
-
-    @abstractmethod
-    def samples(self, model: nn.Module, device: torch.device, count: int | None = None) -> dict[str, Tensor]:
-        """A score per test sample, by difficulty (one entry, "", for a task without); the first `count` if given."""
-
 
 class Causal(Trial):
     """A task of a language model."""
 
-    pattern = "causal self"
+    pattern = timed_as = "causal self"
     vocabulary: int
     longest: int
 
@@ -105,7 +71,8 @@ class TextTrial(Causal):
     """Bits per byte of held-out files; a sample is a piece of `longest` bytes."""
 
     subject = "causal text"
-    metric, better = "bits per byte", "lower"
+    metric = unit = "bits per byte"
+    decimals, better = 2, "lower"
     vocabulary, longest = 256, 256
     steps, learning_rate, batch, tested = 400, 4e-3, 8, 128
 
@@ -135,7 +102,7 @@ class DigitsTrial(Trial):
     """Accuracy on held-out images."""
 
     subject = "images of digits"
-    pattern = "noncausal self"
+    pattern = timed_as = "noncausal self"
     metric, better, guessing = "accuracy", "higher", 1 / digits.CLASSES
     steps, learning_rate, batch = 650, 2e-3, 32
 
@@ -161,7 +128,14 @@ class DigitsTrial(Trial):
         return {"": (model(images.to(device)).argmax(-1) == labels.to(device)).float()}
 
 
-TRIALS: dict[str, Trial] = {"recall": RecallTrial(), "text": TextTrial(), "digits": DigitsTrial()}
+TRIALS: dict[str, Trial] = {
+    "recall": RecallTrial(),
+    "text": TextTrial(),
+    "digits": DigitsTrial(),
+    "hull": HullTrial(),
+    "delaunay": DelaunayTrial(),
+    "tour": TourTrial(),
+}
 
 
 def train(task: str, variant: Variant, seed: int, device: torch.device) -> QualityCell:

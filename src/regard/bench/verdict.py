@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from regard.bench.quality import DIM, HEADS, LAYERS, TRIALS, Trial
+from regard.bench.quality import TRIALS, Trial
 from regard.bench.results import Interval, Results, Sentence, Summary, TimingCell
 
 EXACT = "multi_head"
@@ -36,11 +36,6 @@ def verdict(results: Results, summary: Summary) -> list[Sentence]:
         *_busy(results),
         *_caveats(summary),
     ]
-
-
-def score(trial: Trial, value: float) -> str:
-    """A score as it is written everywhere."""
-    return f"{100 * value:.1f}%" if trial.metric == "accuracy" else f"{value:.2f} {trial.metric}"
 
 
 def size(count: float) -> str:
@@ -70,24 +65,24 @@ def _task(task: str, results: Results, summary: Summary) -> Iterable[Sentence]:
     able = [name for name in scores if learned(trial, scores[name])]
     if not able:
         yield Sentence(
-            text=f"No mechanism learned {subject}: the best, {best}, reaches {score(trial, scores[best].score)}, and "
-            f"guessing {score(trial, trial.guessing)}. No advice follows.",
+            text=f"No mechanism learned {subject}: the best, {best}, reaches {trial.score(scores[best].score)}, and "
+            f"guessing {trial.score(trial.guessing)}. No advice follows.",
             sources=[source],
         )
         return
     if len(scores) == 1:
         yield Sentence(
-            text=f"{best} reaches {score(trial, scores[best].score)} on {subject}; nothing was compared with it.",
+            text=f"{best} reaches {trial.score(scores[best].score)} on {subject}; nothing was compared with it.",
             sources=[f"{source}/{best}"],
         )
         return
     equal = [name for name in summary.equal_to_best[task] if name in able]
-    cells = timed(results, trial.pattern)
+    cells = timed(results, trial.timed_as)
     choices = [(cell, _fastest(equal, scores, cell, sign)) for cell in cells]
     choices = [(cell, name) for cell, name in choices if name is not None]
     sources = [f"/summary/equal_to_best/{task}", f"{source}/{best}"]
     if not choices:
-        reason = f"It is best with {score(trial, scores[best].score)}{_as_good(equal)}. Speed was not measured."
+        reason = f"It is best with {trial.score(scores[best].score)}{_as_good(equal)}. Speed was not measured."
         yield _advice(task, best, reason, sources)
         return
     timings = [f"/timing/{cell.pattern} {cell.length}" for cell, _ in choices]
@@ -98,7 +93,7 @@ def _task(task: str, results: Results, summary: Summary) -> Iterable[Sentence]:
         gain = _seconds(cell, chosen) / _seconds(cell, faster)
         yield Sentence(
             text=f"If quality may suffer: {faster} trains {gain:.1f}× as fast as {chosen} at {cell.length} tokens and "
-            f"reaches {score(trial, scores[faster].score)} instead of {score(trial, scores[chosen].score)}.",
+            f"reaches {trial.score(scores[faster].score)} instead of {trial.score(scores[chosen].score)}.",
             sources=[f"/timing/{cell.pattern} {cell.length}", f"{source}/{faster}", f"{source}/{chosen}"],
         )
 
@@ -154,13 +149,13 @@ def _as_good(equal: Sequence[str]) -> str:
 def _why(
     trial: Trial, best: str, equal: Sequence[str], scores: Mapping[str, Interval], cell: TimingCell, chosen: str
 ) -> str:
-    own = score(trial, scores[chosen].score)
+    own = trial.score(scores[chosen].score)
     if len(equal) == 1:
         quality = f"It is the best with {own}; every other is surely worse"
     elif chosen == best:
         quality = f"It has the best score, {own}{_as_good(equal)}"
     else:
-        quality = f"With {own} it cannot be told from the best, {best} ({score(trial, scores[best].score)})"
+        quality = f"With {own} it cannot be told from the best, {best} ({trial.score(scores[best].score)})"
     if chosen == EXACT or EXACT not in cell.layers:
         return f"{quality}; it is the fastest of these at {cell.length} tokens."
     ratio = _seconds(cell, EXACT) / _seconds(cell, chosen)
@@ -261,12 +256,12 @@ def _caveats(summary: Summary) -> Iterable[Sentence]:
         return
     fewest = min(found.seeds for scores in summary.quality.values() for found in scores.values())
     steps = [TRIALS[task].steps for task in summary.quality]
-    fewest_steps, most_steps = min(steps), max(steps)
+    trained = f"{min(steps)} to {max(steps)}" if len({*steps}) > 1 else f"{steps[0]}"
+    models = "; ".join(dict.fromkeys(TRIALS[task].small for task in summary.quality))
     yield Sentence(
         kind="caveat",
-        text=f"Quality is that of small models (width {DIM}, {HEADS} heads, {LAYERS} layers, {fewest_steps} to "
-        f"{most_steps} steps on at most 256 tokens), the same in every run: it says what a mechanism learns quickly, "
-        "not what a large model reaches.",
+        text=f"Quality is that of small models ({models}; {trained} steps), the same in every run: it says what a "
+        "mechanism learns quickly, not what a large model reaches.",
         sources=["/summary/quality"],
     )
     if fewest < 3:

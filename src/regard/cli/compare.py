@@ -42,8 +42,10 @@ def compare(
     """Train and time mechanisms on this machine, and say which to use.
 
     Small models with each mechanism are trained on recall (key-value pairs to be remembered), text (the standard
-    library's source) and digits (images); layers of the width asked for are timed over lengths. Writes results.json
-    and report.html, which opens in any browser. Ctrl-C loses only what was being measured: run again to go on.
+    library's source) and digits (images), and, where named by --task, on hull, delaunay and tour (networks that point
+    at some of their inputs: convex hulls, triangulations, shortest tours); layers of the width asked for are timed over
+    lengths. Writes results.json and report.html, which opens in any browser. Ctrl-C loses only what was being measured:
+    run again to go on.
     """
     try:
         from regard.bench.plan import DEFAULT_MECHANISMS, make_plan, this_machine

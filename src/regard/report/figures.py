@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from regard.bench.quality import TRIALS
 from regard.bench.results import Results
-from regard.bench.verdict import score, timed
+from regard.bench.verdict import timed
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 MARKERS = ("circle", "square", "diamond", "cross", "triangle-up", "star", "triangle-down", "x", "pentagon", "hexagon")
@@ -69,14 +69,14 @@ def figures(results: Results) -> list[Figure]:
 def quality_and_speed(results: Results, task: str) -> Figure:
     """Score over training time, with the Pareto front."""
     trial, scores = TRIALS[task], results.summary.quality[task]
-    cell = timed(results, trial.pattern)[-1]
+    cell = timed(results, trial.timed_as)[-1]
     points = [
         Point(
             name,
             cell.layers[name].training.median * 1e3,
             found.score,
             f"/summary/quality/{task}/{name}/score",
-            score(trial, found.score),
+            trial.score(found.score),
             found.low,
             found.high,
         )
@@ -117,7 +117,7 @@ def quality_and_speed(results: Results, task: str) -> Figure:
         f"{trial.subject.capitalize()}: quality and speed",
         f"Quality: {trial.metric} of small models trained on {task}, {_count(seeds, 'seed')}, "
         f"{samples.samples} test samples; bars are 95% intervals over {samples.over}. Guessing gives "
-        f"{score(trial, trial.guessing)}. Time: forward and backward, {_layer(results)}, {trial.pattern}. "
+        f"{trial.score(trial.guessing)}. Time: forward and backward, {_layer(results)}, {trial.timed_as}. "
         "Nothing is both better and faster than a mechanism on the dotted front.",
         "ms",
         tuple(points),

@@ -87,15 +87,14 @@ def overview(results: Results) -> Table:
 
 
 def _unit(task: str) -> str:
-    return "% right" if TRIALS[task].metric == "accuracy" else TRIALS[task].metric
+    trial = TRIALS[task]
+    return "% right" if trial.metric == "accuracy" else f"% {trial.metric}" if trial.unit == "%" else trial.metric
 
 
 def _score(task: str, name: str, found: Interval | None) -> Cell:
     if found is None:
         return NOTHING
-    numbers = (found.score, found.low, found.high)
-    percent = TRIALS[task].metric == "accuracy"
-    middle, low, high = (f"{100 * number:.1f}" if percent else f"{number:.2f}" for number in numbers)
+    middle, low, high = map(TRIALS[task].number, (found.score, found.low, found.high))
     return Cell(f"{middle} [{low}, {high}]", f"/summary/quality/{task}/{name}/score")
 
 

@@ -8,12 +8,16 @@ Points are uniform in the unit square. All answers are exact: the tour is Held a
 scores are the paper's: exact accuracy and covered area for hulls, accuracy and triangle coverage for triangulations,
 length for tours.
 
+`hulls`, `triangulations` and `tours` give the same answers for many sets of few points at once, by trying everything:
+as many as training takes.
+
 Differences: the paper leaves the direction of a tour open, and takes approximate tours for more points.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
+from functools import cache
+from itertools import combinations, permutations
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +27,10 @@ from regard.ops.checks import require
 
 MOST_CITIES = 10
 """Held and Karp's table has ``cities · 2^cities`` entries."""
+MOST_TRIED = 8
+"""There are ``(points − 1)! / 2`` tours of so many points."""
+IGNORED = -100
+"""What fills up answers that are shorter than others."""
 
 
 def uniform_points(count: int, points: int, random: torch.Generator) -> Float[Tensor, "count points 2"]:
@@ -75,6 +83,54 @@ def tour(points: Float[Tensor, "points 2"]) -> list[int]:
     return [0, *(way if way[0] < way[-1] else way[::-1])]
 
 
+def hulls(points: Float[Tensor, "count points 2"]) -> Int[Tensor, "count longest"]:
+    """`hull` of each set, filled up with `IGNORED`. Time and memory go with the cube of the points."""
+    size = _size("hulls", points)
+    apart = points[:, None] - points[:, :, None]
+    # A side of the hull, from i to j, has all others on its left.
+    left = _cross(apart[:, :, :, None], apart[:, :, None]) > 0
+    side = left.sum(-1) == size - 2
+    following = side.int().argmax(-1)
+    corner = side.any(-1).int().argmax(-1)
+    way = [corner]
+    for _ in range(size - 1):
+        way.append(following.gather(1, way[-1][:, None])[:, 0])
+    answers = torch.stack(way, dim=1)
+    around = (answers[:, 1:] == answers[:, :1]).cumsum(1) > 0
+    return torch.cat([answers[:, :1], answers[:, 1:].masked_fill(around, IGNORED)], dim=1)
+
+
+def triangulations(points: Float[Tensor, "count points 2"]) -> Int[Tensor, "count longest"]:
+    """The corners of `delaunay`'s triangles, one after the other, filled up with `IGNORED`.
+
+    Time and memory go with the fourth power of the points.
+    """
+    size = _size("triangulations", points)
+    triangles = torch.tensor([*combinations(range(size), 3)], device=points.device)
+    corners = points[:, triangles]
+    a, b, c = (corners[:, :, None] - points[:, None, :, None]).unbind(-2)
+    inside = sum(_cross(v, w) * u.square().sum(-1) for u, v, w in ((a, b, c), (b, c, a), (c, a, b)))
+    first, second, third = corners.unbind(-2)
+    turn = _cross(second - first, third - first)
+    empty = ~(inside * turn[..., None] > 0).any(-1)
+    opposite = (corners.roll(-1, -2) - corners.roll(-2, -2)).norm(dim=-1)
+    incentre = (opposite * corners[..., 0]).sum(-1) / opposite.sum(-1)
+    most = 2 * size - 5
+    order = incentre.masked_fill(~empty, torch.inf).argsort(-1)[:, :most]
+    answers = triangles[order].masked_fill(~empty.gather(1, order)[..., None], IGNORED)
+    return answers.flatten(1)
+
+
+def tours(points: Float[Tensor, "count points 2"]) -> Int[Tensor, "count points"]:
+    """`tour` of each set. Time and memory go with the factorial of the points."""
+    size = _size("tours", points)
+    require(size <= MOST_TRIED, "tours", f"{size} points", f"give 3 to {MOST_TRIED}, or take them one by one to tour")
+    ways = _ways(size).to(points.device)
+    distance = torch.cdist(points, points).flatten(1)
+    step = ways * size + ways.roll(-1, 1)
+    return ways[distance[:, step].sum(-1).argmin(1)]
+
+
 def tour_length(points: Float[Tensor, "points 2"], order: list[int]) -> float:
     """Length of a closed tour. Raises ValueError unless it visits every point once."""
     require(
@@ -116,6 +172,25 @@ def padded(answers: list[list[int]], length: int, filler: int) -> Int[Tensor, "c
     longest = max(map(len, answers), default=0)
     require(longest <= length, "padded", f"an answer of {longest} for length {length}", "give a larger length")
     return torch.tensor([answer + [filler] * (length - len(answer)) for answer in answers])
+
+
+@cache
+def _ways(size: int) -> Int[Tensor, "ways points"]:
+    return torch.tensor([[0, *rest] for rest in permutations(range(1, size)) if rest[0] < rest[-1]])
+
+
+def _size(owner: str, points: Tensor) -> int:
+    require(
+        points.ndim == 3 and points.shape[2] == 2 and points.shape[1] >= 3,
+        owner,
+        lambda: f"points of shape {tuple(points.shape)}",
+        "give (count, points, 2) with at least 3 points each",
+    )
+    return points.shape[1]
+
+
+def _cross(a: Float[Tensor, "... 2"], b: Float[Tensor, "... 2"]) -> Float[Tensor, "..."]:
+    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
 def _incentre(corners: Float[Tensor, "3 2"]) -> tuple[float, float]:
