@@ -19,7 +19,8 @@ from regard.testing.compare import assert_differs, assert_same, assert_zero, wei
 
 CAUSAL = regard.mechanisms(pattern="causal self", input="tokens")
 STEPPING = regard.mechanisms(pattern="causal self", input="tokens", step=True)
-NOT_CAUSAL = sorted(set(regard.mechanisms()) - set(regard.mechanisms(pattern="causal self")))
+OF_NO_GRID = set(regard.mechanisms()) - set(regard.mechanisms(input="grid"))
+NOT_CAUSAL = sorted(OF_NO_GRID - set(regard.mechanisms(pattern="causal self")))
 VOCABULARY, LENGTH = 11, 14
 
 
