@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness import Row, gemm_limit, report, threads_argument, times
+from harness import Row, gemm_limit, keep_freed_memory, report, threads_argument, times
 from regard.ops.linear import linear_attention, linear_attention_step
 
 HEADS, DIM, LENGTH, CHUNK = 8, 64, 16384, 64
@@ -118,17 +116,6 @@ def against_plain(limit: float) -> list[Row]:
                 peer / seconds >= 1.5, seconds, peer, {"GEMM share": work / seconds / limit})
         )  # fmt: skip
     return rows
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse blocks from 32 MiB on, which it otherwise returns to the kernel each time.
-
-    The page faults of a fresh block would be timed for long sequences only, as if they were work of the operator.
-    """
-    if sys.platform == "linux":
-        no_trimming, no_mapping = (-1, -1), (-4, 0)
-        for option, value in (no_trimming, no_mapping):
-            ctypes.CDLL(None).mallopt(option, value)
 
 
 def time_by_length(*, backward: bool) -> dict[int, float]:

@@ -1,0 +1,75 @@
+"""Every causal mechanism that declares linear or N log N time, from 4096 to 32 768 tokens, forward and backward.
+
+Beside each the layer of exact attention, and the length from which it is faster than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+
+from harness import Row, keep_freed_memory, report, threads_argument, times
+from regard.catalogue import Contract, card, mechanisms
+from regard.testing import Case
+from regard.testing.checks.memory import peak_bytes
+
+DIM, HEADS = 128, 4
+LENGTHS = [2**power for power in range(12, 16)]
+LINEAR, LOGARITHMIC = 2.3, 2.6
+EXACT = "multi_head"
+
+
+def growth(contract: Contract, integers: dict[str, int], which: str) -> float:
+    """How much a declared cost grows when the longest length doubles."""
+    short, long = (
+        contract.cost(which, **{**integers, "d": DIM, "h": HEADS, "n": n, "m": n})  # pyright: ignore[reportArgumentType]
+        for n in (LENGTHS[-1], 2 * LENGTHS[-1])
+    )
+    return long / short
+
+
+def layer(key: str, length: int) -> Callable[[], object]:
+    """Forward and backward of a batch of one."""
+    torch.manual_seed(0)
+    built = card(key).build(DIM, heads=HEADS, pattern="causal self")
+    x, seed = torch.randn(1, length, DIM, requires_grad=True), torch.randn(1, length, DIM)
+    leaves = [x, *(parameter for parameter in built.parameters() if parameter.requires_grad)]
+    return lambda: torch.autograd.grad(built(x), leaves, seed, allow_unused=True)
+
+
+def compare(key: str, exact: dict[int, float]) -> Row | None:
+    contract = card(key).contract
+    case = Case(card(key), card(key).option_sets()[0], "causal self")
+    declared = growth(contract, case.integers(), "time")
+    if declared > LOGARITHMIC:
+        return None
+    limit = LINEAR if declared < 2.05 else LOGARITHMIC
+    seconds = dict(zip(LENGTHS, times(*(layer(key, length) for length in LENGTHS), repeats=5), strict=True))
+    peaks = [peak_bytes(layer(key, length)) for length in (LENGTHS[-2], LENGTHS[-1])]
+    worst, memory = max(b / a for a, b in pairwise(seconds.values())), peaks[1] / peaks[0]
+    faster = [length for length in LENGTHS if seconds[length] < exact[length]]
+    since = next((length for length in LENGTHS if all(later in faster for later in LENGTHS if later >= length)), None)
+    detail: dict[str, float | str] = {
+        **{f"{length // 1024}k ms": value * 1e3 for length, value in seconds.items()},
+        "memory(2N)/memory(N)": memory,
+        "faster from": "no length here"
+        if since is None
+        else f"{since} tokens"
+        if since > LENGTHS[0]
+        else "4096 or less",
+    }
+    reached = worst <= limit and memory <= limit
+    longest = LENGTHS[-1]
+    return Row(
+        f"{key}, time(2N)/time(N)", EXACT, worst, f"≤ {limit}", reached, seconds[longest], exact[longest], detail
+    )
+
+
+if __name__ == "__main__":
+    threads_argument()
+    keep_freed_memory()
+    exact = dict(zip(LENGTHS, times(*(layer(EXACT, length) for length in LENGTHS), repeats=3), strict=True))
+    rows = [compare(key, exact) for key in mechanisms(pattern="causal self", input="tokens")]
+    report("scaling", [row for row in rows if row is not None])
