@@ -1,6 +1,7 @@
 """Every causal mechanism that declares linear or N log N time, from 4096 to 32 768 tokens, forward and backward.
 
-Beside each the layer of exact attention, and the length from which it is faster than that.
+Beside each the layer of exact attention, and the length from which it is faster than that. And a decoding step of every
+mechanism whose state is constant, after a thousand tokens and after a hundred thousand.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ DIM, HEADS = 128, 4
 LENGTHS = [2**power for power in range(12, 16)]
 LINEAR, LOGARITHMIC = 2.3, 2.6
 EXACT = "multi_head"
+SHORT, LONG, STEPS = 1_000, 100_000, 200
 
 
 def growth(contract: Contract, integers: dict[str, int], which: str) -> float:
@@ -67,9 +69,34 @@ def compare(key: str, exact: dict[int, float]) -> Row | None:
     )
 
 
+@torch.no_grad()
+def step(key: str) -> Row:
+    """A step after many tokens, as a share of one after few."""
+    torch.manual_seed(0)
+    built = card(key).build(DIM, heads=HEADS, pattern="causal self").eval()
+    token = torch.randn(1, 1, DIM)
+
+    def steps(seen: int) -> Callable[[], object]:
+        state = built.init_state(1)
+        for piece in torch.randn(1, seen, DIM).split(10_000, dim=1):
+            _, state = built.step(piece, state)
+
+        def run() -> None:
+            for _ in range(STEPS):
+                built.step(token, state)
+
+        return run
+
+    few, many = times(steps(SHORT), steps(LONG), repeats=9, warmup=2)
+    case, ratio = f"{key}, a decoding step after {LONG} tokens", many / few
+    detail: dict[str, float | str] = {"us a step": many / STEPS * 1e6}
+    return Row(case, f"after {SHORT}", ratio, "≤ 1.1", ratio <= 1.1, many / STEPS, few / STEPS, detail)
+
+
 if __name__ == "__main__":
     threads_argument()
     keep_freed_memory()
     exact = dict(zip(LENGTHS, times(*(layer(EXACT, length) for length in LENGTHS), repeats=3), strict=True))
     rows = [compare(key, exact) for key in mechanisms(pattern="causal self", input="tokens")]
-    report("scaling", [row for row in rows if row is not None])
+    steady = [step(key) for key in mechanisms(pattern="causal self", input="tokens", state="constant")]
+    report("scaling", [*(row for row in rows if row is not None), *steady])
