@@ -8,11 +8,14 @@ from regard.catalogue import mechanisms
 from regard.testing import CHECKS, Case, Check, cases
 
 HEAVY = {"compiled_equals_eager", "exported_equals_eager", "memory_grows_as_declared"}
-"""Seconds a case: in CI they are run for the default arguments, for other option sets among the slow tests."""
+"""Seconds a case: in CI they are run for the default arguments under the last pattern, which asks for most, and among
+the slow tests for all else."""
 
 
 def marks(case: Case, check: Check) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if check.name in HEAVY and case.option_set.arguments else []
+    patterns = case.contract.patterns
+    first = not case.option_set.arguments and (not patterns or case.pattern == patterns[-1])
+    return [pytest.mark.slow] if check.name in HEAVY and not first else []
 
 
 PROMISES = [
