@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.catalogue import Contract, OptionSet, register
-from regard.nn.mechanism import Mechanism, head_width
+from regard.nn.laid_out import LaidOut, OverImage, OverTokens
+from regard.nn.mechanism import head_width
 from regard.ops.attention import attention, attention_weights
 from regard.ops.biases import Bias
 from regard.ops.checks import require
@@ -96,7 +97,7 @@ class AgentBias(nn.Module):
         return table
 
 
-class AgentMechanism(Mechanism):
+class AgentMechanism(LaidOut):
     """Agents, biases and convolution over a grid of `axes` axes."""
 
     axes: ClassVar[int]
@@ -166,7 +167,7 @@ class AgentMechanism(Mechanism):
         gather = attention_weights(agents, key, mask=mask, bias=gather_bias)
         return attention_weights(query, agents, bias=ask_bias), gather.mT, value
 
-    def _attend(self, x: Tensor, grid: tuple[int, ...], mask: Padding | None) -> Tensor:
+    def attend(self, x: Tensor, grid: tuple[int, ...], mask: Padding | None) -> Tensor:
         """Attention of the flattened grid, with the class token before it if there is one, to itself."""
         query, key, value, agents, gather_bias, ask_bias = self._prepare(x, grid, mask)
         dropout = self.dropout if self.training else 0.0
@@ -231,7 +232,7 @@ class AgentMechanism(Mechanism):
         ),
     ),
 )
-class AgentAttention(AgentMechanism):
+class AgentAttention(AgentMechanism, OverTokens):
     """Softmax attention from tokens to a few pooled agents, and from the agents to tokens.
 
     Args:
@@ -247,19 +248,6 @@ class AgentAttention(AgentMechanism):
     """
 
     axes: ClassVar[int] = 1
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch length dim"],
-        context: Tensor | None = None,
-        *,
-        mask: Padding | None = None,
-        positions: Tensor | None = None,
-    ) -> Float[Tensor, "batch length dim"]:
-        """Attend from `x` to itself; `mask` may be a ``Padding``. Raises ValueError for anything else."""
-        self.check_tokens(x, context, mask, positions, takes_positions=False)
-        self.check_width(x, self.dim)
-        return self._attend(x, (x.shape[1] - self.class_token,), mask)
 
     def attention_map(
         self,
@@ -300,37 +288,13 @@ class AgentAttention(AgentMechanism):
         ),
     ),
 )
-class AgentAttention2d(AgentMechanism):
+class AgentAttention2d(AgentMechanism, OverImage):
     """Agent attention over an image: agents, biases and convolution follow its two axes.
 
     Args are those of `AgentAttention`; `agents` is a square, `window` may have a size per axis.
     """
 
     axes: ClassVar[int] = 2
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch height width dim"],
-        *,
-        class_token: Float[Tensor, "batch dim"] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend from the grid to itself. Built with ``class_token=True`` it takes one and returns grid and token."""
-        self.check_shape(x, "(batch, height, width, dim)", 4)
-        self.check_width(x, self.dim)
-        require(
-            (class_token is not None) is self.class_token,
-            self._name,
-            f"class_token {'missing' if class_token is None else 'given'}, built with class_token={self.class_token}",
-            "give one exactly if built for one",
-        )
-        grid = (x.shape[1], x.shape[2])
-        tokens = x.flatten(1, 2)
-        if class_token is None:
-            return self._attend(tokens, grid, None).unflatten(1, grid)
-        self.check_shape(class_token, "(batch, dim)", 2, name="class_token")
-        self.check_width(class_token, self.dim, name="class_token")
-        out = self._attend(torch.cat([class_token[:, None], tokens], dim=1), grid, None)
-        return out[:, 1:].unflatten(1, grid), out[:, 0]
 
 
 def averaging(size: int, count: int, lengths: Tensor | None, *, like: Tensor) -> Float[Tensor, "batch_or_1 count size"]:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.catalogue import Contract, OptionSet, register
-from regard.nn.mechanism import Mechanism, head_width
+from regard.nn.laid_out import LaidOut, OverImage, OverTokens
+from regard.nn.mechanism import head_width
 from regard.ops.checks import one_of, require
 from regard.ops.linear import linear_attention
 from regard.ops.masks import Padding
@@ -45,7 +46,7 @@ FEATURE_MAPS = {
 FeatureMap = Literal["identity", "relu", "leaky_relu", "exp"]
 
 
-class InLineMechanism(Mechanism):
+class InLineMechanism(LaidOut):
     """Subtraction-normalised linear attention and a local residual over a grid of `axes` axes."""
 
     axes: ClassVar[int]
@@ -89,7 +90,7 @@ class InLineMechanism(Mechanism):
         """Concatenate the heads and project."""
         return self.output(rearrange(mixed, "batch heads length width -> batch length (heads width)"))
 
-    def _attend(self, x: Tensor, grid: tuple[int, ...], mask: Padding | None) -> Tensor:
+    def attend(self, x: Tensor, grid: tuple[int, ...], mask: Padding | None) -> Tensor:
         """Attention of the flattened grid, with the class token before it if there is one, to itself."""
         query, key, value, share = self._prepare(x, mask)
         mean = (value * share).sum(-2, keepdim=True)
@@ -147,7 +148,7 @@ class InLineMechanism(Mechanism):
         ),
     ),
 )
-class InLineAttention(InLineMechanism):
+class InLineAttention(InLineMechanism, OverTokens):
     """Linear attention that takes the mean off its weights instead of dividing by their sum, and a local residual.
 
     Args:
@@ -160,19 +161,6 @@ class InLineAttention(InLineMechanism):
     """
 
     axes: ClassVar[int] = 1
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch length dim"],
-        context: Tensor | None = None,
-        *,
-        mask: Padding | None = None,
-        positions: Tensor | None = None,
-    ) -> Float[Tensor, "batch length dim"]:
-        """Attend from `x` to itself; `mask` may be a ``Padding``. Raises ValueError for anything else."""
-        self.check_tokens(x, context, mask, positions, takes_positions=False)
-        self.check_width(x, self.dim)
-        return self._attend(x, (x.shape[1] - self.class_token,), mask)
 
     def attention_map(
         self,
@@ -213,34 +201,10 @@ class InLineAttention(InLineMechanism):
         ),
     ),
 )
-class InLineAttention2d(InLineMechanism):
+class InLineAttention2d(InLineMechanism, OverImage):
     """InLine attention over an image: the local residual is 3 × 3.
 
     Args are those of `InLineAttention`.
     """
 
     axes: ClassVar[int] = 2
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch height width dim"],
-        *,
-        class_token: Float[Tensor, "batch dim"] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend from the grid to itself. Built with ``class_token=True`` it takes one and returns grid and token."""
-        self.check_shape(x, "(batch, height, width, dim)", 4)
-        self.check_width(x, self.dim)
-        require(
-            (class_token is not None) is self.class_token,
-            self._name,
-            f"class_token {'missing' if class_token is None else 'given'}, built with class_token={self.class_token}",
-            "give one exactly if built for one",
-        )
-        grid = (x.shape[1], x.shape[2])
-        tokens = x.flatten(1, 2)
-        if class_token is None:
-            return self._attend(tokens, grid, None).unflatten(1, grid)
-        self.check_shape(class_token, "(batch, dim)", 2, name="class_token")
-        self.check_width(class_token, self.dim, name="class_token")
-        out = self._attend(torch.cat([class_token[:, None], tokens], dim=1), grid, None)
-        return out[:, 1:].unflatten(1, grid), out[:, 0]
