@@ -1,0 +1,1 @@
+"""Memory: what was seen is written into a state that is more than a sum."""
