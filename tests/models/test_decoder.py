@@ -171,10 +171,13 @@ def test_convolution_alone_sees_its_width():
 
 
 @pytest.mark.parametrize("key", CAUSAL)
-def test_rotary_is_given_exactly_where_it_is_taken(key: str):
+def test_rotary_is_given_exactly_where_it_is_taken_and_no_position_is_there(key: str):
     model = Decoder(VOCABULARY, key, dim=16)
     given = [getattr(block.mixer, "position", None) for block in model.blocks]
-    assert given == ["rotary" if takes_rotary(card(key)) else None] * 2
+    heads = {"heads": 2} if "heads" in card(key).arguments else {}
+    alone = getattr(card(key).build(16, **heads), "position", None)
+    assert given == ["rotary" if takes_rotary(card(key)) else alone] * 2
+    assert not takes_rotary(card(key)) or alone is None
 
 
 @pytest.mark.parametrize("key", [key for key in CAUSAL if takes_rotary(card(key))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ def build_mixers(
 ) -> list[Any]:
     """The mechanism `key`, once for each layer of a model.
 
-    Where its constructor has them it is given `heads`, its ``layer`` of `layers`, rotary positions if it is causal, and
-    ``residual=False``, because the block around it has the residual. `options` go before all of these.
+    Where its constructor has them it is given `heads`, its ``layer`` of `layers`, rotary positions if it is causal and
+    would have none, and ``residual=False``, because the block around it has the residual. `options` go before all of
+    these.
     """
     entry = card(key)
     given: dict[str, object] = {"heads": heads, "layers": layers, "residual": False}
@@ -40,7 +42,10 @@ def build_mixers(
 
 
 def takes_rotary(entry: Card) -> bool:
-    """Whether an option set that is proved has ``position="rotary"``."""
+    """Whether it has no positions unless asked, and an option set that is proved has ``position="rotary"``."""
+    position = signature(entry.cls).parameters.get("position")
+    if position is None or position.default is not None:
+        return False
     return any(option_set.arguments.get("position") == "rotary" for option_set in entry.option_sets())
 
 
