@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import nn
 
 from harness import Row, keep_freed_memory, report, threads_argument, times
 from regard.catalogue import Contract, card, mechanisms
@@ -32,10 +34,15 @@ def growth(contract: Contract, integers: dict[str, int], which: str) -> float:
     return long / short
 
 
+def build(key: str) -> nn.Module:
+    torch.manual_seed(0)
+    heads = {"heads": HEADS} if "heads" in card(key).arguments else {}
+    return card(key).build(DIM, pattern="causal self", **heads)
+
+
 def layer(key: str, length: int) -> Callable[[], object]:
     """Forward and backward of a batch of one."""
-    torch.manual_seed(0)
-    built = card(key).build(DIM, heads=HEADS, pattern="causal self")
+    built = build(key)
     x, seed = torch.randn(1, length, DIM, requires_grad=True), torch.randn(1, length, DIM)
     leaves = [x, *(parameter for parameter in built.parameters() if parameter.requires_grad)]
     return lambda: torch.autograd.grad(built(x), leaves, seed, allow_unused=True)
@@ -48,7 +55,7 @@ def compare(key: str, exact: dict[int, float]) -> Row | None:
     if declared > LOGARITHMIC:
         return None
     limit = LINEAR if declared < 2.05 else LOGARITHMIC
-    seconds = dict(zip(LENGTHS, times(*(layer(key, length) for length in LENGTHS), repeats=5), strict=True))
+    seconds = dict(zip(LENGTHS, times(*(layer(key, length) for length in LENGTHS), repeats=3), strict=True))
     peaks = [peak_bytes(layer(key, length)) for length in (LENGTHS[-2], LENGTHS[-1])]
     worst, memory = max(b / a for a, b in pairwise(seconds.values())), peaks[1] / peaks[0]
     faster = [length for length in LENGTHS if seconds[length] < exact[length]]
@@ -72,8 +79,7 @@ def compare(key: str, exact: dict[int, float]) -> Row | None:
 @torch.no_grad()
 def step(key: str) -> Row:
     """A step after many tokens, as a share of one after few."""
-    torch.manual_seed(0)
-    built = card(key).build(DIM, heads=HEADS, pattern="causal self").eval()
+    built: Any = build(key).eval()
     token = torch.randn(1, 1, DIM)
 
     def steps(seen: int) -> Callable[[], object]:
