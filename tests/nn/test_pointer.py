@@ -131,7 +131,7 @@ def test_there_are_as_many_classes_as_inputs_whatever_was_built():
 
 
 def test_weights_start_as_the_papers():
-    pointer = PointerAttention(64, score_dim=256)
+    pointer = PointerAttention(64, hidden_dim=256)
     for weight in (pointer.query.weight, pointer.key.weight, pointer.vector):
         assert 0.95 * INITIAL < weight.abs().max() <= INITIAL
         assert float(weight.detach().mean().abs()) < 0.02
@@ -139,5 +139,5 @@ def test_weights_start_as_the_papers():
 
 
 def test_a_width_of_zero_is_refused():
-    with pytest.raises(ValueError, match="PointerAttention: score_dim 0; give a positive width"):
-        PointerAttention(8, score_dim=0)
+    with pytest.raises(ValueError, match="PointerAttention: hidden_dim 0; give a positive width"):
+        PointerAttention(8, hidden_dim=0)

@@ -14,9 +14,9 @@ one more token is the recurrence.
 
 Cost: time O(n d²), of which the scan is O(n d), memory O(n d); the decoding state is d + 2h numbers.
 
-Differences: the paper writes one head without the scale. This is what its parameter count amounts to, which is the
-Transformer's and d more: multi-head attention whose query is projected from a learned token of width d. The paper does
-not give the token's initialisation; here it is normal, like a token after normalisation.
+Differences: the paper writes one head without the scale. Its parameter count, quoted from memory, is the Transformer's
+and d more: multi-head attention whose query is projected from a learned token of width d. No initialisation of the
+token was found; here it is normal, like a token after normalisation.
 """
 
 from __future__ import annotations

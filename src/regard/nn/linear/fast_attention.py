@@ -16,7 +16,8 @@ it takes squares away, a sum of order 2 may come near zero as well; a higher tem
 Cost: time O(n d (d / h)^p), memory O(n d) and φ of one segment of tokens, forward and backward: longer sequences are
 computed in segments, and their φ once more for the gradient. The decoding state is d (d / h)^p numbers.
 
-Differences: mean and std are those of a token over the width of its head, with 1e-5 beside the variance. The release
+Differences: mean and std are those of a token over the width of its head, with 1e-5 beside the variance: that is how a
+summary of the paper reads, whose body was not at hand. The release
 takes the mean off and divides by the largest norm of all tokens instead, which lets no weight be negative but shows a
 causal token the future. ``temperature`` divides x as in the release; 1 is the formula above. There x_a x_b and x_b x_a
 are two factors, which dropout may part.

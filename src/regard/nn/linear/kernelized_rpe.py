@@ -14,6 +14,8 @@ Differences: b has an entry per offset up to `max_distance` and one for all beyo
 one for every offset of a fixed length; ``buckets`` gives it T5's logarithmic ones. It starts at zero. Features are
 drawn once, and again by `redraw`; ``orthogonal`` draws the Performer's. A transform leaves the roundoff of its largest
 sums in all of them: weights that far below the largest e^b of their head are lost.
+The paper's body was not at hand: its number of features, whether it draws them anew, and how b starts and is stored
+could not be compared.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ state is the tokens themselves, whatever the number of heads. Not linear in the 
 
 Differences: the paper's output is a number, here a vector, each of its numbers with values of its own. s = 1/2 gives
 scores variance 1 for the paper's tokens, of length 1; for tokens of length √d that is ``std=1 / (dim + 1)``.
+The paper's body was not at hand: s, the appended 1 and the mean [I 0; 0 0] could not be compared with it.
 """
 
 from __future__ import annotations

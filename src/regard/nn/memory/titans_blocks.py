@@ -23,6 +23,7 @@ persistent tokens.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +58,7 @@ _CONTRACT = Contract(
 )
 
 
-class _Titans(Mechanism):
+class _Titans(Mechanism, ABC):
     """A memory, persistent tokens and the checks; `_advance` is what a derived class adds."""
 
     def __init__(
@@ -91,12 +92,13 @@ class _Titans(Mechanism):
         self.check_step(x, self.dim, state.memory.key.shape[0])
         return self._advance(x, state)
 
+    @abstractmethod
     def init_state(self, batch: int) -> Any:
         """The state before the first token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _advance(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        raise NotImplementedError
+        """Outputs of checked tokens, and the state after them."""
 
 
 class Gating(nn.Module):

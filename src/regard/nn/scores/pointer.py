@@ -40,7 +40,7 @@ INITIAL = 0.08
     contract=replace(
         ATTENTION,
         options=(
-            OptionSet({"heads": 2, "score_dim": 6, "head_dim": 5, "dropout": 0.1, "bias": True}),
+            OptionSet({"heads": 2, "hidden_dim": 6, "head_dim": 5, "dropout": 0.1, "bias": True}),
             CROSS,
         ),
     ),
@@ -50,7 +50,7 @@ class PointerAttention(PairAttention):
 
     Args:
         heads: number of pointers, whose mean is the distribution.
-        score_dim: width of v; that of a head by default.
+        hidden_dim: width of v; that of a head by default.
 
     The other arguments are those of `Attention`.
     """
@@ -61,7 +61,7 @@ class PointerAttention(PairAttention):
         *,
         heads: int = 1,
         head_dim: int | None = None,
-        score_dim: int | None = None,
+        hidden_dim: int | None = None,
         causal: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
@@ -80,13 +80,13 @@ class PointerAttention(PairAttention):
             device=device,
             dtype=dtype,
         )
-        self._score_dim = self.head_dim if score_dim is None else score_dim
-        require(self._score_dim > 0, self._name, f"score_dim {score_dim}", "give a positive width")
+        self.hidden_dim = self.head_dim if hidden_dim is None else hidden_dim
+        require(self.hidden_dim > 0, self._name, f"hidden_dim {hidden_dim}", "give a positive width")
         factory = {"device": device, "dtype": dtype}
-        self.query = nn.Linear(dim, heads * self._score_dim, bias=bias, **factory)
+        self.query = nn.Linear(dim, heads * self.hidden_dim, bias=bias, **factory)
         # A bias here would be that of the queries once more.
-        self.key = nn.Linear(self.context_dim, heads * self._score_dim, bias=False, **factory)
-        self.vector = nn.Parameter(torch.empty(heads, self._score_dim, **factory))
+        self.key = nn.Linear(self.context_dim, heads * self.hidden_dim, bias=False, **factory)
+        self.vector = nn.Parameter(torch.empty(heads, self.hidden_dim, **factory))
         for weight in (self.query.weight, self.key.weight, self.vector):
             nn.init.uniform_(weight, -INITIAL, INITIAL)
         if bias:
@@ -94,7 +94,7 @@ class PointerAttention(PairAttention):
 
     @property
     def score_dim(self) -> int:
-        return self._score_dim
+        return self.hidden_dim
 
     def scores(self, query: Tensor, key: Tensor) -> AdditiveScores:
         """u of each pair, in at least float32."""
