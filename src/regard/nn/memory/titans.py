@@ -29,8 +29,8 @@ number, as in the first version, not a vector. Residual connections around the m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import torch
@@ -280,17 +280,15 @@ def memorize(
 
     All is at least float32; gradients of what is read go back through the inner gradients, to any order.
     """
-    length, found = query.shape[2], []
-    coefficients = _coefficients(rates, memory.place, chunk_size)
-    begin = 0
-    while begin < length:
-        end = min(length, begin + chunk_size - memory.place)
-        tokens = slice(begin, end)
-        inputs, slopes = _gradients(key[:, :, tokens], value[:, :, tokens], memory.start, norm)
-        piece = coefficients.piece(tokens, memory.place)
-        found.append(_read_chunk(query[:, :, tokens], memory, piece, inputs, slopes, norm))
+    # Split, not sliced: the gradient of a slice is as long as the sequence.
+    sizes = chunks(query.shape[2], memory.place, chunk_size)
+    pieces = _coefficients(rates, memory.place, chunk_size).split(sizes, memory.place)
+    tokens = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    found = []
+    for asked, keys, values, piece in zip(*tokens, pieces, strict=True):
+        inputs, slopes = _gradients(keys, values, memory.start, norm)
+        found.append(_read_chunk(asked, memory, piece, inputs, slopes, norm))
         memory = _written(memory, piece, inputs, slopes, chunk_size)
-        begin = end
     return torch.cat(found, dim=2), memory
 
 
@@ -315,16 +313,20 @@ class _Coefficients(NamedTuple):
     lasting: Float[Tensor, "batch heads length 1"] | None
     pushes: Float[Tensor, "batch heads length chunk"]
 
-    def piece(self, tokens: slice, place: int) -> _Coefficients:
-        """Those of some tokens of one chunk that begin at `place`."""
-        own = slice(place, place + tokens.stop - tokens.start)
-        return _Coefficients(
-            self.old[:, :, tokens],
-            None if self.surprised is None else self.surprised[:, :, tokens],
-            self.writes[:, :, tokens, own],
-            None if self.lasting is None else self.lasting[:, :, tokens],
-            self.pushes[:, :, tokens, own],
-        )
+    def split(self, sizes: list[int], place: int) -> Iterator[_Coefficients]:
+        """Those of pieces of a chunk each, the first of which begins at `place`."""
+        parts = (repeat(None) if tensor is None else tensor.split(sizes, dim=2) for tensor in self)
+        for size, old, surprised, writes, lasting, pushes in zip(sizes, *parts, strict=False):
+            own = slice(place, place + size)
+            yield _Coefficients(old, surprised, writes[..., own], lasting, pushes[..., own])
+            place = 0
+
+
+def chunks(length: int, place: int, size: int) -> list[int]:
+    """How `length` tokens, the first at `place` of a chunk, fall into chunks of `size`."""
+    first = min(length, size - place)
+    whole, left = divmod(length - first, size)
+    return [first] + [size] * whole + [left] * (left > 0)
 
 
 def _coefficients(rates: Rates, place: int, chunk_size: int) -> _Coefficients:

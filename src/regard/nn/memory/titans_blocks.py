@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from regard.catalogue import Contract, OptionSet, register
 from regard.nn.attention import Attention
 from regard.nn.mechanism import Mechanism, head_width
-from regard.nn.memory.titans import NeuralMemory, NeuralMemoryState, Projection, Weights, without_padding
+from regard.nn.memory.titans import NeuralMemory, NeuralMemoryState, Projection, Weights, chunks, without_padding
 from regard.nn.sparse.window import WindowAttention, WindowState
 from regard.ops.attention import attention
 from regard.ops.checks import one_of, require
@@ -181,13 +181,13 @@ class TitansContext(_Titans):
 
     def _advance(self, x: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
         asked, kept = self.recall(x, state.query)
-        state, outs, begin = state._replace(query=kept), [], 0
+        state, outs = state._replace(query=kept), []
         first = self._persistent(x.shape[0])
-        while begin < x.shape[1]:
-            end = min(x.shape[1], begin + self.segment - state.place)
-            out, state = self._segment(x[:, begin:end], asked[:, begin:end], first, state)
+        # Split, not sliced: the gradient of a slice is as long as the sequence.
+        sizes = chunks(x.shape[1], state.place, self.segment)
+        for tokens, questions in zip(x.split(sizes, dim=1), asked.split(sizes, dim=1), strict=True):
+            out, state = self._segment(tokens, questions, first, state)
             outs.append(out)
-            begin = end
         return torch.cat(outs, dim=1), state
 
     def _segment(
