@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from regard.ops.biases import Alibi, Bias, RelativeBias
+from regard.ops.blocks import BlockMap
 from regard.ops.masks import (
     Blocks,
     CandidateIsolation,
@@ -94,7 +95,15 @@ def base_masks(draw: st.DrawFn, size: Sizes) -> Mask:
         most = -(-size.keys // 7)
         return draw(st.sampled_from([most, torch.randint(0, most + 1, (size.batch,), generator=random)]))
 
+    def block_map(query_blocks: list[int]) -> Mask:
+        rows, columns = draw(st.sampled_from(query_blocks)), draw(st.sampled_from([1, 7, 64, 100, 128]))
+        samples, heads = draw(st.sampled_from([1, size.batch])), draw(st.sampled_from([1, size.heads]))
+        visits = flags(samples, heads, -(-size.queries // rows), -(-size.keys // columns))
+        return BlockMap(visits, rows, columns, torch.tensor(size.keys - size.queries))
+
     kinds = {
+        "blocks of queries": lambda: block_map([64, 100, 128]),
+        "blocks of single queries": lambda: block_map([1, 3]),
         "causal": lambda: Causal(),
         "window": lambda: Window(draw(small), draw(small)),
         "sinks": lambda: Sinks(draw(small)),

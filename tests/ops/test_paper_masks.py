@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regard.nn import MultiHeadAttention
 from regard.ops import attention, explain
-from regard.ops.engines.tile_kinds import loop_for
+from regard.ops.engines.loops import loop_for
 from regard.ops.masks import (
     Blocks,
     CandidateIsolation,

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from regard.ops.engines.tile_loop import BackwardTiles, Step, TileLoop
-from regard.ops.masks import Mask
 from regard.ops.masks.plan import KeyRange
-from regard.ops.normalizers import Normalizer, Pointwise, SoftplusL1
+from regard.ops.normalizers import Pointwise, SoftplusL1
 
 
 class SoftmaxLoop(TileLoop):
@@ -33,22 +32,21 @@ class SoftmaxLoop(TileLoop):
             if kept is not None:
                 weights.mul_(kept)
             mixed = torch.bmm(weights, self.keys_of(self.value, step, keys))
-            running = (mixed, lse) if running is None else _merge(*running, mixed, lse)
+            running = (mixed, lse) if running is None else merge(*running, mixed, lse)
         assert running is not None
         return running
 
     def softmax(self, scores: Tensor, empty: Tensor, keys: KeyRange) -> Tensor:
         """Softmax over one range of keys, 0 in `empty` rows (none are where part of the range is not masked)."""
         weights = torch.softmax(scores, -1, out=self.scratch("weights", *scores.shape))
-        masked = sum(stop - start for start, stop in keys.partial)
-        may_be_empty = masked == keys.stop - keys.start or self.bias is not None
+        may_be_empty = keys.looked_at == keys.width or self.bias is not None
         return weights.masked_fill_(empty, 0.0) if may_be_empty else weights
 
     def backward_over(self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> BackwardTiles:
         return _SoftmaxBackward(self, out, lse, grad_out, grad_lse)
 
 
-def _merge(mixed: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge(mixed: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two sets of keys."""
     total = torch.logaddexp(lse, more_lse)
     level = total.masked_fill(total == -torch.inf, 0.0)
@@ -144,7 +142,7 @@ class SoftplusLoop(TileLoop):
             weights, kept = (logs - _finite(more)).exp_(), self.kept(step, keys)
             if kept is not None:
                 weights.mul_(kept)
-            mixed, total = _merge(mixed, total, torch.bmm(weights, self.keys_of(self.value, step, keys)), more)
+            mixed, total = merge(mixed, total, torch.bmm(weights, self.keys_of(self.value, step, keys)), more)
         return mixed, level
 
     def logs(self, query: Tensor, counts: Tensor, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
@@ -204,31 +202,3 @@ class _SoftplusBackward(BackwardTiles):
 def _finite(level: Tensor) -> Tensor:
     """A logarithm that may be subtracted: empty rows have −inf."""
     return level.masked_fill(level == -torch.inf, 0.0)
-
-
-_KINDS: dict[type[Normalizer], type[TileLoop]] = {Pointwise: PointwiseLoop, SoftplusL1: SoftplusLoop}
-
-
-def loop_for(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask_tensors: list[Tensor],
-    bias_tensors: list[Tensor],
-    seed: Tensor | None,
-    mask: str,
-    bias: str,
-    normalizer: str,
-    scale: float,
-    dropout: float,
-) -> TileLoop:
-    """The loop for a call as it travels through the operator."""
-    chosen = Normalizer.unflatten(normalizer, [])
-    kind = next((loop for normal, loop in _KINDS.items() if isinstance(chosen, normal)), SoftmaxLoop)
-    own_mask = Mask.unflatten(mask, mask_tensors) if mask else None
-    loop = kind(query, key, value, (bias, bias_tensors), own_mask, seed, scale, dropout)
-    if isinstance(loop, PointwiseLoop) and isinstance(chosen, Pointwise):
-        loop.normalizer = chosen
-    if isinstance(loop, SoftplusLoop) and isinstance(chosen, SoftplusL1):
-        loop.normalizer = chosen
-    return loop

@@ -7,9 +7,10 @@ every product is one batched product and no key is copied.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from regard.ops.biases import Bias
 from regard.ops.dropout import keep_tile
 from regard.ops.indices import Span, index_grid
-from regard.ops.masks import Mask, Tiles, plan
+from regard.ops.masks import Mask, Plan, Tiles, plan
 from regard.ops.masks.plan import KeyRange
 from regard.ops.precision import statistics_dtype
 
@@ -68,11 +69,15 @@ class TileLoop(ABC):
         self.mask, (self.bias_text, self.bias_tensors) = mask, bias
         self.bias = Bias.unflatten(*bias) if bias[0] else None
         self.seed, self.scale, self.dropout = seed, scale, dropout
-        sizes = self.batch, self.heads, self.queries, self.keys
-        wide = plan(mask, Tiles(*sizes, WIDE_TILE, WIDE_TILE))
-        narrow = wide.density * self.keys <= NARROW_BAND < self.keys
-        self.plan = plan(mask, Tiles(*sizes, NARROW_TILE, NARROW_TILE)) if narrow else wide
         self._scratch: dict[str, Tensor] = {}
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The tiles to visit."""
+        sizes = self.batch, self.heads, self.queries, self.keys
+        wide = plan(self.mask, Tiles(*sizes, WIDE_TILE, WIDE_TILE))
+        narrow = wide.density * self.keys <= NARROW_BAND < self.keys
+        return plan(self.mask, Tiles(*sizes, NARROW_TILE, NARROW_TILE)) if narrow else wide
 
     @abstractmethod
     def mix(self, step: Step) -> tuple[Tensor, Tensor | None]:
@@ -109,17 +114,21 @@ class TileLoop(ABC):
             tiles.enter(step, query, grad)
             grad_tile = torch.zeros_like(query)
             for keys in step.ranges:
-                span = (step.rows, slice(keys.start, keys.stop))
                 weights, grad_scores = tiles.tile(step, keys)
                 # Not baddbmm_: into a strided view it falls apart into one product a row.
-                grad_value[span].add_(self.product("grad value", weights.mT, grad.mT))
-                grad_key[span].add_(self.product("grad key", grad_scores.mT, query.mT))
+                self.add_to(grad_value, self.product("grad value", weights.mT, grad.mT), step, keys)
+                self.add_to(grad_key, self.product("grad key", grad_scores.mT, query.mT), step, keys)
                 grad_tile.baddbmm_(grad_scores, self.keys_of(self.key, step, keys))
                 if train_bias:
-                    self._bias_backward(bias_grads, grad_scores, step, keys)
+                    tile = self.per_head(grad_scores, step)
+                    self.add_bias_grads(bias_grads, tile, self._bias_tile, step, keys)
             grad_query[place] = grad_tile.mul_(self.scale).view(grad_query[place].shape)
+        return self.results(grads, bias_grads, out.dtype)
+
+    def results(self, grads: list[Tensor], bias_grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Gradients of folded tensors in the caller's shapes and types."""
         heads = (self.heads, self.key_heads, self.key_heads)
-        main = [g.to(out.dtype).view(self.batch, h, *g.shape[-2:]) for g, h in zip(grads, heads, strict=True)]
+        main = [g.to(dtype).view(self.batch, h, *g.shape[-2:]) for g, h in zip(grads, heads, strict=True)]
         return main + [g.to(tensor.dtype) for g, tensor in zip(bias_grads, self.bias_tensors, strict=True)]
 
     empty_lse = 0.0
@@ -127,7 +136,7 @@ class TileLoop(ABC):
     def steps(self) -> Iterator[Step]:
         """Rows of tiles with something to compute."""
         for unit in self.plan.units(self.key_heads):
-            widest = max((keys.stop - keys.start for row in unit.rows for keys in row), default=1)
+            widest = max((keys.width for row in unit.rows for keys in row), default=1)
             most_rows = max(1, MOST_KEYS // (self.group * widest))
             for batch, heads in _pieces(unit.batch, unit.heads, self.key_heads, most_rows):
                 first = batch[0] * self.key_heads + heads[0]
@@ -143,8 +152,15 @@ class TileLoop(ABC):
         return self.query[step.rows, :, slice(*step.queries)].to(self.dtype).flatten(1, 2) * self.scale
 
     def keys_of(self, tensor: Tensor, step: Step, keys: KeyRange) -> Tensor:
-        """A range of keys (or values) as (rows, keys, width): a view, but for half types."""
-        return tensor[step.rows, keys.start : keys.stop].to(self.dtype)
+        """A range of keys (or values) as (rows, keys, width): a view, but for half types and keys that lie apart."""
+        parts = [tensor[step.rows, start:stop] for start, stop in keys.spans]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(self.dtype)
+
+    def add_to(self, total: Tensor, tile: Tensor, step: Step, keys: KeyRange) -> None:
+        """Add (rows, keys, width) to a range of keys."""
+        widths = [stop - start for start, stop in keys.spans]
+        for (start, stop), part in zip(keys.spans, tile.split(widths, dim=1), strict=True):
+            total[step.rows, start:stop].add_(part)
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """Memory that is used again for every tile."""
@@ -163,8 +179,8 @@ class TileLoop(ABC):
         by_head = self.per_head(scores, step)
         if self.bias is not None:
             by_head.add_(self._bias_tile(self.bias, step, keys))
-        for part, tile in self._partial(step, keys):
-            by_head[..., part[0] - keys.start : part[1] - keys.start].add_(tile)
+        for first, tile in self._partial(step, keys):
+            by_head[..., first : first + tile.shape[-1]].add_(tile)
         return scores
 
     def per_head(self, tile: Tensor, step: Step) -> Tensor:
@@ -175,26 +191,27 @@ class TileLoop(ABC):
         """Dropout factors of a tile in the shape of its scores, or None without dropout."""
         if self.seed is None:
             return None
-        grid = index_grid(step.batch, self._query_heads(step), self._positions(step), keys[:2], self.device)
-        kept = keep_tile(self.seed, self.dropout, *grid)
-        return kept.to(self.dtype).view(step.rows.stop - step.rows.start, -1, keys.stop - keys.start)
+        spans = step.batch, self._query_heads(step), self._positions(step)
+        grids = [index_grid(*spans, span, self.device) for span in keys.spans]
+        kept = torch.cat([keep_tile(self.seed, self.dropout, *grid) for grid in grids], dim=-1)
+        return kept.to(self.dtype).view(step.rows.stop - step.rows.start, -1, keys.width)
 
     def counts(self, step: Step) -> Tensor:
         """How many keys each query of a row of tiles may attend: (rows, group · queries, 1)."""
         shape = (step.rows.stop - step.rows.start, self.group * step.height, 1)
-        full = sum(keys.stop - keys.start - sum(b - a for a, b in keys.partial) for keys in step.ranges)
+        full = sum(keys.width - keys.looked_at for keys in step.ranges)
         counts = torch.full(shape, full, device=self.device)
         for keys in step.ranges:
             for _, tile in self._partial(step, keys):
                 self.per_head(counts, step).add_((tile == 0).sum(-1, keepdim=True))
         return counts
 
-    def _partial(self, step: Step, keys: KeyRange) -> Iterator[tuple[Span, Tensor]]:
-        """Where the mask must be looked at, and what to add there."""
-        for part in keys.partial:
+    def _partial(self, step: Step, keys: KeyRange) -> Iterator[tuple[int, Tensor]]:
+        """From which key of the range on the mask must be looked at, and what to add there."""
+        for first, part in keys.partial:
             assert self.mask is not None
             like = self.query.new_empty((), dtype=self.dtype)
-            yield part, self.plan.additive(self.mask, like, step.batch, self._query_heads(step), step.queries, part)
+            yield first, self.plan.additive(self.mask, like, step.batch, self._query_heads(step), step.queries, part)
 
     def _query_heads(self, step: Step) -> Span:
         return step.heads[0] * self.group, step.heads[1] * self.group
@@ -205,13 +222,18 @@ class TileLoop(ABC):
         return step.queries[0] + offset, step.queries[1] + offset
 
     def _bias_tile(self, bias: Bias, step: Step, keys: KeyRange) -> Tensor:
-        return bias.tile(step.batch, self._query_heads(step), self._positions(step), keys[:2], self.device)
+        spans = step.batch, self._query_heads(step), self._positions(step)
+        tiles = [bias.tile(*spans, span, self.device) for span in keys.spans]
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
 
-    def _bias_backward(self, grads: list[Tensor], grad_scores: Tensor, step: Step, keys: KeyRange) -> None:
+    def add_bias_grads(
+        self, grads: list[Tensor], grad_scores: Tensor, tile_of: Callable[..., Tensor], *at: object
+    ) -> None:
+        """Add what a tile's scores say of the bias's tensors; ``tile_of(bias, *at)`` is the tile it added."""
         with _autograd_inside_operator():
             leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in self.bias_tensors]
-            tile = self._bias_tile(Bias.unflatten(self.bias_text, leaves), step, keys)
-            reduced = self.per_head(grad_scores, step).sum_to_size(tile.shape).to(tile.dtype)
+            tile = tile_of(Bias.unflatten(self.bias_text, leaves), *at)
+            reduced = grad_scores.sum_to_size(tile.shape).to(tile.dtype)
             found = torch.autograd.grad(tile, [leaf for leaf in leaves if leaf.requires_grad], reduced)
         trained = [total for total, leaf in zip(grads, leaves, strict=True) if leaf.requires_grad]
         for total, grad in zip(trained, found, strict=True):

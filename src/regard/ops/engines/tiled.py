@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regard.ops.dropout import draw_seed
 from regard.ops.engines.call import Call
-from regard.ops.engines.tile_kinds import loop_for
+from regard.ops.engines.loops import loop_for
 from regard.ops.precision import exact, statistics_dtype
 
 

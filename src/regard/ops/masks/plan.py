@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +17,27 @@ from torch import Tensor
 from regard.ops.indices import Span, full_tile, index_grid
 from regard.ops.masks.base import EMPTY, FULL, PARTIAL, Mask, Tiles
 
-KEY_SPAN = 512
-"""Longest key range walked at once, so that its scores stay in cache."""
+KEY_SPAN, HEADS_IN_FLIGHT = 512, 8
+"""Keys walked at once for so many query heads, so that their scores stay in cache; fewer heads walk more."""
+LONGEST_SPAN = 2048
 _MOST_PLANS = 128
 
 
 class KeyRange(NamedTuple):
-    """Keys [start, stop) of one row of tiles, and the parts of it where the mask must be looked at."""
+    """Keys of one row of tiles that are walked at once, and the parts of them where the mask must be looked at."""
 
-    start: int
-    stop: int
-    partial: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
+    partial: tuple[tuple[int, Span], ...]
+    """Where a part begins in the range, and which keys it is."""
+
+    @property
+    def width(self) -> int:
+        return sum(stop - start for start, stop in self.spans)
+
+    @property
+    def looked_at(self) -> int:
+        """Keys in partial parts."""
+        return sum(stop - start for _, (start, stop) in self.partial)
 
 
 class Unit(NamedTuple):
@@ -74,34 +84,39 @@ class Plan:
                 stop += 1
             batch = (sample, stop) if samples > 1 else (0, self.tiles.batch)
             if heads == 1:
-                yield Unit(batch, (0, key_heads), self._rows(table[sample, 0]))
+                rows = self._rows(table[sample, 0], (batch[1] - batch[0]) * self.tiles.heads)
+                yield Unit(batch, (0, key_heads), rows)
                 continue
             for _, run in groupby(range(heads), key=lambda head, at=sample: table[at, head].tobytes()):
                 indices = list(run)
-                rows = self._rows(table[sample, indices[0]])
+                rows = self._rows(table[sample, indices[0]], len(indices) * self.tiles.heads // key_heads)
                 # Only a unit with every head may span samples: (sample, head) rows must be contiguous in memory.
                 pieces = range(*batch) if len(indices) < key_heads else [None]
                 for piece in pieces:
                     one = batch if piece is None else (piece, piece + 1)
                     yield Unit(one, (indices[0], indices[-1] + 1), rows)
 
-    def _rows(self, table: np.ndarray) -> list[list[KeyRange]]:
-        return [list(self._ranges(row)) for row in table]
+    def _rows(self, table: np.ndarray, heads: int) -> list[list[KeyRange]]:
+        span = min(LONGEST_SPAN, KEY_SPAN * max(1, HEADS_IN_FLIGHT // heads))
+        return [list(self._ranges(row, max(1, span // self.tiles.key_tile))) for row in table]
 
-    def _ranges(self, row: np.ndarray) -> Iterator[KeyRange]:
-        tile, keys = self.tiles.key_tile, self.tiles.keys
-        span = max(1, KEY_SPAN // tile)
-        for occupied, first, last in _runs(row != EMPTY):
-            if not occupied:
-                continue
-            for start in range(first, last, span):
-                stop = min(start + span, last)
-                partial = tuple(
-                    ((start + a) * tile, min((start + b) * tile, keys))
-                    for state, a, b in _runs(row[start:stop])
-                    if state != FULL
-                )
-                yield KeyRange(start * tile, min(stop * tile, keys), partial)
+    def _ranges(self, row: np.ndarray, most: int) -> Iterator[KeyRange]:
+        """At most `most` tiles at once: a run of them, or several runs that lie apart."""
+        visited = np.flatnonzero(row != EMPTY)
+        for first in range(0, len(visited), most):
+            chosen = visited[first : first + most]
+            places = np.flatnonzero(row[chosen] != FULL)
+            partial = tuple((int(places[at]) * self.tiles.key_tile, span) for at, span in self._spans(chosen[places]))
+            yield KeyRange(tuple(span for _, span in self._spans(chosen)), partial)
+
+    def _spans(self, tiles: np.ndarray) -> Iterator[tuple[int, Span]]:
+        """Runs of neighbouring tiles as keys, and at which of `tiles` each begins."""
+        if not len(tiles):
+            return
+        bounds = [0, *(np.flatnonzero(np.diff(tiles) > 1) + 1).tolist(), len(tiles)]
+        size = self.tiles.key_tile
+        for start, stop in pairwise(bounds):
+            yield start, (int(tiles[start]) * size, min((int(tiles[stop - 1]) + 1) * size, self.tiles.keys))
 
     def additive(
         self,
@@ -124,13 +139,6 @@ class Plan:
         if mask.shift_invariant:
             self._tiles[name] = tile
         return tile
-
-
-def _runs(values: np.ndarray) -> Iterator[tuple[Any, int, int]]:
-    """Runs of one value, as (value, start, stop)."""
-    bounds = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
-    for start, stop in pairwise(bounds):
-        yield values[start], start, stop
 
 
 _plans: OrderedDict[tuple[str, Tiles], tuple[list[tuple[weakref.ref[Tensor], int]], Plan]] = OrderedDict()
