@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regard.ops import attention, attention_with_lse, explain
 from regard.ops.biases import RelativeBias
 from regard.ops.blocks import BlockMap, block_means, split_map
+from regard.ops.engines.chosen import ChosenLoop
 from regard.ops.engines.loops import loop_for
 from regard.ops.engines.routed import RoutedLoop
 from regard.ops.masks import Causal, Mask, Padding, Tiles, Window
@@ -154,16 +155,17 @@ def test_work_is_in_proportion_to_what_is_visited(query_block):
     assert counted[1] == counted[0] // 8
 
 
-def test_small_blocks_of_queries_are_routed_and_large_ones_tiled():
-    query = torch.randn(1, 1, 256, 8)
+def test_each_map_has_its_loop():
+    query = torch.randn(1, 2, 256, 8)
 
-    def loop(query_block: int, normalizer: str = "Softmax()") -> object:
-        mask = BlockMap(torch.ones(1, 1, 256 // query_block, 2, dtype=torch.bool), query_block, 128) & Causal()
+    def loop(query_block: int, heads: int = 2) -> object:
+        mask = BlockMap(torch.ones(1, heads, 256 // query_block, 2, dtype=torch.bool), query_block, 128) & Causal()
         text, tensors = mask.flatten()
-        return loop_for(query, query, query, tensors, [], None, text, "", normalizer, 1.0, 0.0)
+        return loop_for(query, query, query, tensors, [], None, text, "", "Softmax()", 1.0, 0.0)
 
     assert isinstance(loop(1), RoutedLoop)
-    assert not isinstance(loop(128), RoutedLoop)
+    assert isinstance(loop(128), ChosenLoop)
+    assert not isinstance(loop(128, heads=1), ChosenLoop | RoutedLoop)
     assert "tiled" in str(
         explain(*[torch.randn(1, 1, 512, 8)] * 3, mask=BlockMap(torch.ones(1, 1, 4, 4) > 0, 128, 128))
     )
@@ -219,3 +221,50 @@ def test_a_bad_map_is_named(make, message):
 
 def block_attention(mask: BlockMap, queries: int = 8) -> Tensor:
     return attention(torch.randn(1, 2, queries, 4), *[torch.randn(1, 2, 8, 4)] * 2, mask=mask)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_heads_that_choose_tiles_equal_the_reference_in_float64(data):
+    size = data.draw(sizes())
+    tensors = size.tensors(torch.float64, 0)
+    rows, columns = (data.draw(st.sampled_from([64, 128, 256])) for _ in "qk")
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    shape = size.batch, size.heads, -(-size.queries // rows), -(-size.keys // columns)
+    offset = torch.tensor(size.keys - size.queries)
+    mask: Mask = BlockMap(torch.rand(shape, generator=random) < 0.6, rows, columns, offset)
+    others = [None, Causal(), Window(30), Padding(torch.randint(0, size.keys + 1, (size.batch,), generator=random))]
+    other = data.draw(st.sampled_from(others))
+    mask = mask if other is None else mask & other
+    bias, dropout = data.draw(biases(size, torch.float64)), data.draw(st.sampled_from([0.0, 0.3]))
+    results = []
+    for backend in ("tiled", "reference"):
+        torch.manual_seed(0)
+        results.append(call(mask, *tensors, bias=bias, dropout=dropout, backend=backend))
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("length", [1024, 1000])
+def test_many_heads_that_choose_tiles_are_cut_into_pieces_that_change_nothing(length):
+    """More rows and keys than are walked at once, a last block that is short, and shared key heads."""
+    query = torch.randn(2, 12, length, 8, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(2, 4, length, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    scores = torch.rand(2, 12, 8, 8)
+    for mask in (
+        BlockMap.top_k(scores, 3, query_block=128, key_block=128) & Causal(),
+        BlockMap.threshold(scores, 0.3, query_block=128, key_block=128),
+    ):
+        tiled = call(mask, query, key, value, backend="tiled")
+        for ours, wanted in zip(tiled, call(mask, query, key, value, backend="reference"), strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_long_row_of_chosen_tiles_is_walked_in_ranges():
+    query, key, value = (
+        torch.randn(1, 2, length, 8, dtype=torch.float64, requires_grad=True) for length in (130, 5000, 5000)
+    )
+    mask = BlockMap(torch.rand(1, 2, 2, 40) < 0.9, 128, 128, torch.tensor(4870)) & Causal()
+    tiled = call(mask, query, key, value, backend="tiled")
+    for ours, wanted in zip(tiled, call(mask, query, key, value, backend="reference"), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)

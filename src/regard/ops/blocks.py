@@ -11,6 +11,7 @@ not differentiable; a gate that learns weighs what it chose, or has a loss of it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, Self
 
 import torch
@@ -159,6 +160,9 @@ class BlockMap(Mask):
         index = [of for of, size in ((batch, visits.shape[0]), (head, visits.shape[1])) if size > 1] + index
         return visits.squeeze((0, 1))[tuple(index)]
 
+    def aligned(self, tiles: Tiles) -> bool:
+        return self.query_block % tiles.query_tile == self.key_block % tiles.key_tile == 0
+
     def tile_states(self, tiles: Tiles) -> Tensor:
         """By sums over rectangles of blocks."""
         sums = F.pad(self.visits.cpu().cumsum(-1, dtype=torch.int32).cumsum(-2, dtype=torch.int32), (1, 0, 1, 0))
@@ -179,27 +183,19 @@ def block_means(x: Float[Tensor, "*batch length width"], size: int) -> Float[Ten
 
 def split_map(mask: Mask | None) -> tuple[BlockMap | None, Mask | None]:
     """The map with the smallest blocks of queries among masks joined by ``&``, and the others."""
-    parts: list[Mask] = []
-
-    def collect(part: Mask) -> None:
-        if isinstance(part, And):
-            collect(part.left)
-            collect(part.right)
-        else:
-            parts.append(part)
-
     if mask is None:
         return None, None
-    collect(mask)
+    parts = _conjuncts(mask)
     maps = [part for part in parts if isinstance(part, BlockMap)]
     if not maps:
         return None, mask
     finest = min(maps, key=lambda part: part.query_block)
     others = [part for part in parts if part is not finest]
-    rest = others[0] if others else None
-    for part in others[1:]:
-        rest = And(rest, part) if rest is not None else part
-    return finest, rest
+    return finest, reduce(And, others) if others else None
+
+
+def _conjuncts(mask: Mask) -> list[Mask]:
+    return _conjuncts(mask.left) + _conjuncts(mask.right) if isinstance(mask, And) else [mask]
 
 
 def _lines(scores: Tensor, across: Across) -> Tensor:

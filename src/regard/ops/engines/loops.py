@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from regard.ops.blocks import split_map
+from regard.ops.engines.chosen import ChosenLoop, tile_of
 from regard.ops.engines.routed import RoutedLoop
 from regard.ops.engines.tile_kinds import PointwiseLoop, SoftmaxLoop, SoftplusLoop
 from regard.ops.engines.tile_loop import NARROW_TILE, TileLoop
@@ -38,8 +39,14 @@ def loop_for(
         loop.normalizer = chosen
         return loop
     blocks, rest = split_map(own_mask)
-    if blocks is not None and blocks.query_block < NARROW_TILE and isinstance(chosen, Softmax):
-        loop = RoutedLoop(*arguments)
-        loop.blocks, loop.rest = blocks, rest
-        return loop
+    if blocks is not None and isinstance(chosen, Softmax):
+        tile, own_choices = tile_of(blocks), blocks.visits.shape[0] * blocks.visits.shape[1] > 1
+        if blocks.query_block < NARROW_TILE:
+            loop = RoutedLoop(*arguments)
+            loop.blocks, loop.rest = blocks, rest
+            return loop
+        if tile is not None and own_choices:
+            loop = ChosenLoop(*arguments)
+            loop.gather_by(tile)
+            return loop
     return SoftmaxLoop(*arguments)

@@ -51,7 +51,7 @@ class RoutedLoop(SoftmaxLoop):
         lse = out.new_full((rows, length, 1), self.empty_lse)
         for visit in self.visits():
             value = self.value[visit.row, slice(*visit.keys)].to(self.dtype)
-            scores = self.visit_scores(visit)
+            scores = self.visit_scores(visit, self.scaled[visit.row].index_select(0, visit.queries))
             highest = scores.amax(-1, keepdim=True)
             empty = highest == -torch.inf
             weights = torch.softmax(scores, -1, out=self.scratch("weights", *scores.shape))
@@ -62,7 +62,8 @@ class RoutedLoop(SoftmaxLoop):
             if kept is not None:
                 weights.mul_(kept)
             so_far, level = out[visit.row], lse[visit.row]
-            mixed, total = merge(weights @ value, total, so_far[visit.queries], level[visit.queries])
+            seen = so_far.index_select(0, visit.queries), level.index_select(0, visit.queries)
+            mixed, total = merge(weights @ value, total, *seen)
             so_far.index_copy_(0, visit.queries, mixed)
             level.index_copy_(0, visit.queries, total)
         shape = (self.batch, self.heads, self.queries)
@@ -75,6 +76,8 @@ class RoutedLoop(SoftmaxLoop):
         delta = delta.sub_(grad_lse.reshape(rows, length)).unsqueeze(-1)
         level = lse.reshape(rows, length, 1)
         level = level.masked_fill(level == -torch.inf, 0.0)
+        # One gather a visit instead of four.
+        together, width = torch.cat([self.scaled, grad_out, level, delta], dim=-1), self.query.shape[-1]
         grads = [torch.zeros(t.shape, dtype=self.dtype, device=self.device) for t in (self.query, self.key, self.value)]
         grad_query, grad_key, grad_value = grads
         by_row = grad_query.view(rows, length, -1)
@@ -82,18 +85,19 @@ class RoutedLoop(SoftmaxLoop):
         for visit in self.visits():
             place = (visit.row, slice(*visit.keys))
             key, value = self.key[place].to(self.dtype), self.value[place].to(self.dtype)
-            query, grad = self.scaled[visit.row][visit.queries], grad_out[visit.row][visit.queries]
-            weights = self.visit_scores(visit).sub_(level[visit.row][visit.queries]).exp_()
+            chosen = together[visit.row].index_select(0, visit.queries)
+            query, grad, level, delta = chosen.split([width, chosen.shape[-1] - width - 2, 1, 1], dim=-1)
+            weights = self.visit_scores(visit, query).sub_(level).exp_()
             grad_scores = torch.mm(grad, value.mT, out=self.scratch("grad", *weights.shape))
             kept = self.visit_kept(visit)
             if kept is not None:
                 grad_scores.mul_(kept)
-            grad_scores.sub_(delta[visit.row][visit.queries]).mul_(weights)
+            grad_scores.sub_(delta).mul_(weights)
             if kept is not None:
                 weights.mul_(kept)
             grad_value[place].addmm_(weights.mT, grad)
             grad_key[place].addmm_(grad_scores.mT, query)
-            more = by_row[visit.row][visit.queries].addmm_(grad_scores, key)
+            more = by_row[visit.row].index_select(0, visit.queries).addmm_(grad_scores, key)
             by_row[visit.row].index_copy_(0, visit.queries, more)
             if train_bias:
                 self.add_bias_grads(bias_grads, grad_scores, self.visit_bias, visit)
@@ -128,10 +132,9 @@ class RoutedLoop(SoftmaxLoop):
                     looked_at = partial[block][piece].nonzero()[:, 0] if states is not None and asks[block] else None
                     yield Visit(row, keys, piece, looked_at)
 
-    def visit_scores(self, visit: Visit) -> Tensor:
-        """Scores with bias, −inf where the mask forbids."""
+    def visit_scores(self, visit: Visit, query: Tensor) -> Tensor:
+        """Scores of the visit's queries with bias, −inf where the mask forbids."""
         key = self.key[visit.row, slice(*visit.keys)].to(self.dtype)
-        query = self.scaled[visit.row][visit.queries]
         scores = torch.mm(query, key.mT, out=self.scratch("scores", query.shape[0], key.shape[0]))
         if self.bias is not None:
             scores.add_(self.visit_bias(self.bias, visit))

@@ -76,8 +76,14 @@ class TileLoop(ABC):
         """The tiles to visit."""
         sizes = self.batch, self.heads, self.queries, self.keys
         wide = plan(self.mask, Tiles(*sizes, WIDE_TILE, WIDE_TILE))
-        narrow = wide.density * self.keys <= NARROW_BAND < self.keys
+        narrow = wide.ragged and wide.density * self.keys <= NARROW_BAND < self.keys
         return plan(self.mask, Tiles(*sizes, NARROW_TILE, NARROW_TILE)) if narrow else wide
+
+    @cached_property
+    def within(self) -> Mask:
+        """What to ask in partial tiles."""
+        assert self.mask is not None
+        return self.mask.within(self.plan.tiles)
 
     @abstractmethod
     def mix(self, step: Step) -> tuple[Tensor, Tensor | None]:
@@ -209,9 +215,8 @@ class TileLoop(ABC):
     def _partial(self, step: Step, keys: KeyRange) -> Iterator[tuple[int, Tensor]]:
         """From which key of the range on the mask must be looked at, and what to add there."""
         for first, part in keys.partial:
-            assert self.mask is not None
             like = self.query.new_empty((), dtype=self.dtype)
-            yield first, self.plan.additive(self.mask, like, step.batch, self._query_heads(step), step.queries, part)
+            yield first, self.plan.additive(self.within, like, step.batch, self._query_heads(step), step.queries, part)
 
     def _query_heads(self, step: Step) -> Span:
         return step.heads[0] * self.group, step.heads[1] * self.group

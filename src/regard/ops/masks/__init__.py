@@ -2,11 +2,12 @@
 
 from regard.ops.masks.base import And, Mask, Not, Or, Tiles
 from regard.ops.masks.candidates import CandidateIsolation
+from regard.ops.masks.groups import GlobalTokens, ShiftedBlocks
 from regard.ops.masks.modality import CausalCross, CompositeModality, MixedBidirectionalVision, ModalityMutual
 from regard.ops.masks.patterns import Blocks, Causal, Dilated, Padding, Prefix, Sinks, Window
 from regard.ops.masks.plan import Plan, plan
 from regard.ops.masks.sharding import LocalBlocks, Sharded
-from regard.ops.masks.tensors import Dense, Keys, Neighborhood, Segments, segments_of
+from regard.ops.masks.tensors import Dense, Keys, Neighborhood, Ordered, Segments, segments_of
 
 __all__ = [
     "And",
@@ -17,6 +18,7 @@ __all__ = [
     "CompositeModality",
     "Dense",
     "Dilated",
+    "GlobalTokens",
     "Keys",
     "LocalBlocks",
     "Mask",
@@ -25,11 +27,13 @@ __all__ = [
     "Neighborhood",
     "Not",
     "Or",
+    "Ordered",
     "Padding",
     "Plan",
     "Prefix",
     "Segments",
     "Sharded",
+    "ShiftedBlocks",
     "Sinks",
     "Tiles",
     "Window",

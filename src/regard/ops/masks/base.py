@@ -103,6 +103,14 @@ class Mask(Value):
         counts = torch.stack(rows, dim=-2)
         return classify(counts, (tiles.query_high - tiles.query_low + 1) * width)
 
+    def aligned(self, tiles: Tiles) -> bool:
+        """Whether no tile can be partial. False is always a safe answer."""
+        return False
+
+    def within(self, tiles: Tiles) -> Mask:
+        """What has to be asked in partial tiles: the mask, or the part of it that makes them so."""
+        return self
+
     def dense(
         self,
         queries: int,
@@ -183,6 +191,15 @@ class And(_Combined):
 
     def tile_states(self, tiles: Tiles) -> Tensor:
         return torch.minimum(self.left.tile_states(tiles), self.right.tile_states(tiles))
+
+    def aligned(self, tiles: Tiles) -> bool:
+        return self.left.aligned(tiles) and self.right.aligned(tiles)
+
+    def within(self, tiles: Tiles) -> Mask:
+        for one, other in ((self.left, self.right), (self.right, self.left)):
+            if one.aligned(tiles):
+                return other.within(tiles)
+        return self
 
     def __repr__(self) -> str:
         return " & ".join(f"({part!r})" if isinstance(part, Or) else repr(part) for part in (self.left, self.right))

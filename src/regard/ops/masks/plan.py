@@ -62,6 +62,11 @@ class Plan:
         """Share of the tiles that are not empty: what an engine computes, against the full matrix."""
         return float((self.states != EMPTY).float().mean())
 
+    @property
+    def ragged(self) -> bool:
+        """Whether most tiles to visit are partial, so that smaller ones would waste less."""
+        return bool((self.states == PARTIAL).sum() > (self.states == FULL).sum())
+
     def units(self, key_heads: int) -> list[Unit]:
         """Runs of samples and key heads with the same tile states (query heads of a key head taken together)."""
         if key_heads not in self._units:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from regard.ops.checks import require, require_grid
-from regard.ops.masks.base import And, Mask, Tiles, classify, range_states, tile_counts
+from regard.ops.masks.base import And, Mask, Tiles, classify, range_states, states, tile_counts
 from regard.ops.masks.patterns import Window
 from regard.ops.neighborhood import attends
 
@@ -107,6 +107,48 @@ class Segments(Mask):
         query_range = tile_range(query_ids.cpu(), tiles.query_tile)
         key_range = tile_range(self.ids.cpu(), tiles.key_tile)
         return range_states(*(edge[..., :, None] for edge in query_range), *(edge[..., None, :] for edge in key_range))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ordered(Mask):
+    """Keys whose position is not after the query's, for queries and keys that stand in any order.
+
+    Both are integer tensors (N,) or (B, N); a position may occur more than once.
+    """
+
+    query_positions: Int[Tensor, "*batch queries"]
+    key_positions: Int[Tensor, "*batch keys"]
+
+    def __post_init__(self) -> None:
+        for name in ("query_positions", "key_positions"):
+            positions = getattr(self, name)
+            require(
+                positions.ndim in (1, 2) and not positions.is_floating_point() and positions.dtype != torch.bool,
+                "Ordered",
+                f"{name} of shape {tuple(positions.shape)} and dtype {positions.dtype}",
+                "give integers of shape (N,) or (B, N)",
+            )
+
+    def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
+        for name, length in (("query_positions", queries), ("key_positions", keys)):
+            shape = tuple(getattr(self, name).shape)
+            require(
+                shape in ((length,), (batch, length)),
+                "Ordered",
+                lambda name=name, shape=shape: f"{name} of shape {shape} for batch {batch}, {queries} × {keys} pairs",
+                lambda length=length: f"give one position each: ({length},) or ({batch}, {length})",
+            )
+
+    def allows(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        row = query - (self.key_positions.shape[-1] - self.query_positions.shape[-1])
+        return of_sample(self.key_positions, batch, key) <= of_sample(self.query_positions, batch, row)
+
+    def tile_states(self, tiles: Tiles) -> Tensor:
+        query_low, query_high = (
+            edge[..., :, None] for edge in tile_range(self.query_positions.cpu(), tiles.query_tile)
+        )
+        key_low, key_high = (edge[..., None, :] for edge in tile_range(self.key_positions.cpu(), tiles.key_tile))
+        return states(key_low > query_high, key_high <= query_low)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
