@@ -28,7 +28,8 @@ def never_learning(build: Callable[[], nn.Module], x: Tensor) -> set[str]:
     for seed in range(8):
         model = moved(build(), seed)
         weighted_sum(model(x)).backward()
-        sizes = {name: float(parameter.grad.abs().max()) for name, parameter in model.named_parameters()}
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        sizes = {name: 0.0 if grad is None else float(grad.abs().max()) for name, grad in grads.items()}
         here = {name for name, size in sizes.items() if size < 1e-10 * max(sizes.values())}
         still = here if still is None else still & here
     return still or set()

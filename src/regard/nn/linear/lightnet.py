@@ -37,15 +37,12 @@ from torch.nn import functional as F
 from regard.catalogue import Contract, OptionSet, register
 from regard.nn.linear.efficient_attention import softmax_over_positions
 from regard.nn.mechanism import Mechanism, head_width
+from regard.ops.additive_scan import AdditiveState, additive_scan, additive_scan_both_ways, widened
 from regard.ops.checks import require
 from regard.ops.linear import linear_attention
 from regard.ops.masks import Mask, Padding, Segments
 from regard.ops.positions import grid_positions, lrpe, lrpe_angles
-from regard.ops.precision import exact, statistics_dtype
-from regard.ops.scan import associative_scan
-
-CHUNK = 64
-"""Tokens that meet in pairs; further ones meet in the state."""
+from regard.ops.precision import statistics_dtype
 
 
 class LightNetState(NamedTuple):
@@ -166,16 +163,12 @@ class _LightNet(Mechanism):
         query, key, turn, value = self._project(x, places)
         if not self.causal and starts is None:
             weights = softmax_over_positions(key, mask if isinstance(mask, Padding) else None)
-            return self._read_out(x, linear_attention(query, _widened(weights, turn), value, causal=False))
-        if isinstance(mask, Padding):
-            padded = ~mask.real(x.shape[1])[:, None, :, None].to(x.device)
-            # Far below any key, and far above what stands for no keys at all.
-            key, turn = key.masked_fill(padded, _least(key)), turn.masked_fill(padded, 0)
-        total = running_log_sum(key, starts=starts)
+            return self._read_out(x, linear_attention(query, widened(weights, turn), value, causal=False))
         if self.causal or starts is None:
-            mixed, _ = additive_attention(query, key, turn, value, total, starts)
+            real = mask.real(x.shape[1]).to(x.device) if isinstance(mask, Padding) else None
+            mixed, _ = additive_scan(query, key, value, turn=turn, real=real, starts=starts)
         else:
-            mixed = bidirectional_additive_attention(query, key, turn, value, total, starts)
+            mixed = additive_scan_both_ways(query, key, value, turn=turn, starts=starts)
         return self._read_out(x, mixed)
 
     def _project(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -272,15 +265,12 @@ class LightNetAttention(_LightNet):
         """The state before the first token: no sums yet. At least float32."""
         weight = self.key.weight
         dtype = statistics_dtype(weight.dtype)
-        width = self.head_dim if self.angles is None else 2 * self.head_dim
-        average = torch.zeros(batch, self.heads, width, self.head_dim, device=weight.device, dtype=dtype)
-        toeplitz = average.new_zeros(batch, 0 if self.tpe is None else self.heads, 1, self.head_dim)
-        return LightNetState(
-            average.new_full((batch, self.heads, self.head_dim), torch.finfo(dtype).min),
-            average,
-            toeplitz,
-            torch.zeros((), dtype=torch.int64, device=weight.device),
+        copies = 1 if self.angles is None else 2
+        sums = AdditiveState.empty(
+            batch, self.heads, self.head_dim, self.head_dim, copies=copies, device=weight.device, dtype=dtype
         )
+        toeplitz = sums.average.new_zeros(batch, 0 if self.tpe is None else self.heads, 1, self.head_dim)
+        return LightNetState(*sums, toeplitz, torch.zeros((), dtype=torch.int64, device=weight.device))
 
     def step(
         self, x: Float[Tensor, "batch new dim"], state: LightNetState
@@ -291,10 +281,9 @@ class LightNetAttention(_LightNet):
         if self.tpe is not None:
             x, toeplitz = self.tpe.along(0, x, state=toeplitz)
         query, key, turn, value = self._project(x, places.unsqueeze(-1))
-        total = running_log_sum(key, before=state.log_total)
-        mixed, average = additive_attention(query, key, turn, value, total, None, (state.log_total, state.average))
-        after = LightNetState(total[:, :, -1].clone(), average, toeplitz, state.seen + x.shape[1])
-        return self._read_out(x, mixed), after
+        before = AdditiveState(state.log_total, state.average)
+        mixed, sums = additive_scan(query, key, value, turn=turn, initial_state=before)
+        return self._read_out(x, mixed), LightNetState(*sums, toeplitz, state.seen + x.shape[1])
 
 
 @register(
@@ -376,138 +365,3 @@ def md_lrpe(
         for axis, share in enumerate(shares)
     ]
     return torch.cat([part for parts in zip(*turned, strict=True) for part in parts], dim=-1)
-
-
-def running_log_sum(
-    key: Float[Tensor, "batch heads length head_dim"],
-    *,
-    starts: Bool[Tensor, "#batch length"] | None = None,
-    before: Float[Tensor, "batch heads head_dim"] | None = None,
-) -> Float[Tensor, "batch heads length head_dim"]:
-    """log g: the logarithm of the sum of exponentials up to each token."""
-    (total,) = associative_scan(
-        lambda left, right: (torch.logaddexp(left[0], right[0]),),
-        (key,),
-        dim=2,
-        starts=None if starts is None else starts[:, None],
-    )
-    return total if before is None else torch.logaddexp(total, before.unsqueeze(2))
-
-
-@exact
-def additive_attention(
-    query: Float[Tensor, "batch heads length width"],
-    key: Float[Tensor, "batch heads length head_dim"],
-    turn: Float[Tensor, "batch heads length width"],
-    value: Float[Tensor, "batch heads length value_dim"],
-    total: Float[Tensor, "batch heads length head_dim"],
-    starts: Bool[Tensor, "#batch length"] | None = None,
-    initial: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``o_t = Σ_{s≤t} Σ_d query_td exp(key_sd − total_td) turn_sd v_s`` and the last S, for non-decreasing `total`.
-
-    `key` and `total` hold for every one of the width / head_dim copies of their features. An exponent is never positive
-    because every pair of tokens, s before t, is scaled at a token between them: at the last token of a chunk, or of
-    the first half of the smallest half, quarter, … of a chunk that holds both.
-    """
-    length, size = query.shape[2], 1
-    while size < min(CHUNK, length):
-        size *= 2
-    added = -length % size
-    ids = None if starts is None else starts.long().cumsum(-1)[:, None, :, None]
-    if added:
-        # Tokens without weight that leave the total as it is.
-        query, turn, value = (F.pad(part, (0, 0, 0, added)) for part in (query, turn, value))
-        key = F.pad(key, (0, 0, 0, added), value=_least(key))
-        total = torch.cat([total, total[:, :, -1:].expand(-1, -1, added, -1)], 2)
-        ids = None if ids is None else torch.cat([ids, ids[:, :, -1:].expand(-1, -1, added, -1)], 2)
-    chunked = (-1, size)
-    query, key, turn, value, total = (part.unflatten(2, chunked) for part in (query, key, turn, value, total))
-    ids = None if ids is None else ids.unflatten(2, chunked)
-    out = (query * _widened((key - total).exp(), turn)).sum(-1, keepdim=True) * value
-    half = 1
-    while half < size:
-        out = out + _across_halves(query, key, turn, value, total, ids, half)
-        half *= 2
-    # States at the ends of chunks, led by the one before the first.
-    ends, end_ids = total[:, :, :, -1], None if ids is None else ids[:, :, :, -1]
-    first, state = (torch.full_like(ends[:, :, 0], torch.finfo(ends.dtype).min), None) if initial is None else initial
-    borders = torch.cat([first.unsqueeze(2), ends], 2)
-    border_ids = None if end_ids is None else torch.cat([torch.zeros_like(end_ids[:, :, :1]), end_ids], 2)
-    update = _widened(_ratio(key, ends.unsqueeze(3), ids, _row(end_ids)), turn).mT @ value
-    state = torch.zeros_like(update[:, :, 0]) if state is None else state
-    kept = _ratio(borders[:, :, :-1], ends, _until_last(border_ids), end_ids)
-    kept = F.pad(kept, (0, 0, 1, 0), value=1.0)
-    copies = turn.shape[-1] // key.shape[-1]
-    updates = torch.cat([state.unsqueeze(2), update], 2)
-    _, states = associative_scan(_then, (_copied(kept, copies).unsqueeze(-1), updates), dim=2)
-    reach = _ratio(borders[:, :, :-1].unsqueeze(3), total, _row(_until_last(border_ids)), ids)
-    out = out + (query * _copied(reach, copies)) @ states[:, :, :-1]
-    return out.flatten(2, 3)[:, :, :length], states[:, :, -1].clone()
-
-
-def bidirectional_additive_attention(
-    query: Tensor, key: Tensor, turn: Tensor, value: Tensor, total: Tensor, starts: Bool[Tensor, "#batch length"]
-) -> Float[Tensor, "batch heads length value_dim"]:
-    """Every token of a segment sees all of it: a pass each way, scaled to the sums of the whole segment."""
-    length, copies = key.shape[2], turn.shape[-1] // key.shape[-1]
-    ends = F.pad(starts[:, 1:], (0, 1), value=True)
-    index = torch.arange(length, device=starts.device).masked_fill(~ends, length - 1)
-    last = index.flip(-1).cummin(-1).values.flip(-1)[:, None, :, None]
-    whole = total.gather(2, last.expand_as(total))
-    past, _ = additive_attention(query * _copied((total - whole).exp(), copies), key, turn, value, total, starts)
-    after = running_log_sum(key.flip(2), starts=ends.flip(1))
-    backwards = query.flip(2) * _copied((after - whole.flip(2)).exp(), copies)
-    future, _ = additive_attention(backwards, key.flip(2), turn.flip(2), value.flip(2), after, ends.flip(1))
-    own = (query * _widened((key - whole).exp(), turn)).sum(-1, keepdim=True) * value
-    return past + future.flip(2) - own
-
-
-def _across_halves(
-    query: Tensor, key: Tensor, turn: Tensor, value: Tensor, total: Tensor, ids: Tensor | None, half: int
-) -> Tensor:
-    """What the second `half` tokens of every 2 · `half` see of the first, scaled at the last of the first."""
-
-    def halves(part: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = part.unflatten(3, (-1, 2, half)).unbind(4)
-        return first, second
-
-    middle = halves(total)[0][..., -1:, :]
-    own, (before, after) = (None, (None, None)) if ids is None else (halves(ids)[0][..., -1:, :], halves(ids))
-    keys = _widened(_ratio(halves(key)[0], middle, before, own), halves(turn)[0])
-    copies = turn.shape[-1] // key.shape[-1]
-    queries = halves(query)[1] * _copied(_ratio(middle, halves(total)[1], own, after), copies)
-    seen = (queries @ keys.mT) @ halves(value)[0]
-    return torch.stack([torch.zeros_like(seen), seen], 4).flatten(3, 5)
-
-
-def _then(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return left[0] * right[0], right[0] * left[1] + right[1]
-
-
-def _ratio(part: Tensor, whole: Tensor, part_ids: Tensor | None, whole_ids: Tensor | None) -> Tensor:
-    """exp(part − whole), zero for another segment."""
-    difference = part - whole
-    if part_ids is not None and whole_ids is not None:
-        difference = difference.masked_fill(part_ids != whole_ids, -torch.inf)
-    return difference.exp()
-
-
-def _widened(weights: Tensor, turn: Tensor) -> Tensor:
-    return _copied(weights, turn.shape[-1] // weights.shape[-1]) * turn
-
-
-def _copied(part: Tensor, copies: int) -> Tensor:
-    return part if copies == 1 else torch.cat([part] * copies, -1)
-
-
-def _row(ids: Tensor | None) -> Tensor | None:
-    return None if ids is None else ids.unsqueeze(3)
-
-
-def _until_last(ids: Tensor | None) -> Tensor | None:
-    return None if ids is None else ids[:, :, :-1]
-
-
-def _least(key: Tensor) -> float:
-    return torch.finfo(key.dtype).min / 2
