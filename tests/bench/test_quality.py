@@ -332,3 +332,11 @@ def test_recall_asks_only_for_labels():
     trial, sharp = TRIALS["recall"], Knows()
     sharp.register_forward_hook(lambda module, inputs, out: 100 * out)
     assert float(trial.loss(sharp, 0, torch.Generator().manual_seed(0), CPU)) < 1e-6
+
+
+def test_a_training_that_diverges_has_no_score(monkeypatch: pytest.MonkeyPatch):
+    losses = iter([1.0, float("nan")])
+    own = type(TRIALS["recall"]).loss
+    monkeypatch.setattr(TRIALS["recall"], "loss", lambda *given: own(TRIALS["recall"], *given) * next(losses))
+    with pytest.raises(FloatingPointError, match="diverged: the loss is nan at step 1 of"):
+        train("recall", Variant.parse("lightning"), 0, torch.device("cpu"))

@@ -139,7 +139,10 @@ TRIALS: dict[str, Trial] = {
 
 
 def train(task: str, variant: Variant, seed: int, device: torch.device) -> QualityCell:
-    """Train a model on a task and test it. The same arguments give the same numbers."""
+    """Train a model on a task and test it. The same arguments give the same numbers.
+
+    Raises FloatingPointError where the loss stops being a number: such a model has no score.
+    """
     trial = TRIALS[task]
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(seed)
@@ -152,7 +155,10 @@ def train(task: str, variant: Variant, seed: int, device: torch.device) -> Quali
     start = time.perf_counter()
     for step in range(trial.steps):
         optimizer.zero_grad()
-        trial.loss(model, step, random, device).backward()
+        loss = trial.loss(model, step, random, device)
+        if not loss.isfinite():
+            raise FloatingPointError(f"training diverged: the loss is {loss.item()} at step {step} of {trial.steps}")
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
