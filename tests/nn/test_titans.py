@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from regard.models.language import Decoder
 from regard.nn import NeuralMemory, TitansContext, TitansGate, TitansLayer
 from regard.nn.memory.titans import Memory, Rates, memorize, unit
 from regard.ops import linear_attention
@@ -85,7 +86,7 @@ VARIANTS = [
     {"heads": 1, "chunk_size": 5, "depth": 3, "expansion": 2},
     {"heads": 2, "chunk_size": 64, "depth": 1, "convolution": 0},
     {"heads": 2, "chunk_size": 3, "momentum": False},
-    {"heads": 2, "chunk_size": 4, "forgetting": False, "residual": False},
+    {"heads": 2, "chunk_size": 4, "forgetting": False, "memory_residual": False},
     {"heads": 2, "chunk_size": 4, "momentum": False, "forgetting": False},
 ]
 
@@ -110,7 +111,7 @@ def test_chunks_are_gradient_descent_token_by_token(options):
 
 def plain(dim: int, **options) -> NeuralMemory:
     """A matrix that starts at zero, without anything around the rule by which it learns."""
-    layer = NeuralMemory(dim, depth=1, residual=False, convolution=0, dtype=torch.float64, **options)
+    layer = NeuralMemory(dim, depth=1, memory_residual=False, convolution=0, dtype=torch.float64, **options)
     with torch.no_grad():
         layer.initial[0].zero_()
     return layer
@@ -171,8 +172,8 @@ def test_gradient_descent_recalls_pairs_that_a_sum_confuses():
     pairs = torch.randn(1, 24, 16, dtype=torch.float64)
     errors = {}
     for name, options in {
-        "sum": {"depth": 1, "residual": False, "chunk_size": 10_000},
-        "descent": {"depth": 1, "residual": False, "chunk_size": 1},
+        "sum": {"depth": 1, "memory_residual": False, "chunk_size": 10_000},
+        "descent": {"depth": 1, "memory_residual": False, "chunk_size": 1},
     }.items():
         layer = NeuralMemory(16, momentum=False, forgetting=False, convolution=0, dtype=torch.float64, **options)
         with torch.no_grad():
@@ -274,3 +275,9 @@ def test_sizes_that_are_none_are_refused():
         TitansContext(8, heads=2, segment=0)
     with pytest.raises(ValueError, match="'alibi' is not known"):
         TitansGate(8, heads=2, position="alibi")
+
+
+def test_a_model_leaves_the_memory_its_residual():
+    """Models take a mechanism's own residual away; the one inside the memory keeps its gradient descent stable."""
+    model = Decoder(16, "titans_memory", dim=16, heads=2, layers=2)
+    assert all(block.mixer.gain is not None for block in model.blocks)

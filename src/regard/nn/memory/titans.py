@@ -19,11 +19,11 @@ O(n (d + c h) + (n / c) L_M e d² / h) with gradients. The decoding state is thr
 of the convolutions: M_t, S_t and M_{t'}.
 
 Differences: LN, residual, GELU, e = 4, L_M = 2 and convolutions of 4 tokens are those of the paper's later version; the
-first has an MLP without LN and residual, ``residual=False``, which may diverge on large inputs as gradient descent
-does. LN's gain and shift are learned outside the memory. The paper has one memory, here ``heads=1``, and does not say
-what rates begin with: 0.1 / w, 0.5, 0.01. LN makes a step w times as large, w the width before the last layer, so that
-θ = sigmoid(·) / w with it, and sigmoid(·) without. Of the last gate the paper names the place; SiLU is ours. α is a
-number, as in the first version, not a vector. Residual connections around the mechanism belong to the model.
+first has an MLP without LN and residual, ``memory_residual=False``, which may diverge on large inputs as gradient
+descent does. LN's gain and shift are learned outside the memory. The paper has one memory, here ``heads=1``, and does
+not say what rates begin with: 0.1 / w, 0.5, 0.01. LN makes a step w times as large, w the width before the last layer,
+so that θ = sigmoid(·) / w with it, and sigmoid(·) without. Of the last gate the paper names the place; SiLU is ours. α
+is a number, as in the first version, not a vector. Residual connections around the mechanism belong to the model.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class Projection(nn.Module):
             OptionSet({"chunk_size": 5, "expansion": 2}),
             OptionSet({"chunk_size": 32, "depth": 3}),
             OptionSet({"heads": 1, "depth": 1, "chunk_size": 16, "momentum": False}),
-            OptionSet({"residual": False, "forgetting": False, "convolution": 0}),
-            OptionSet({"residual": False, "depth": 1, "chunk_size": 7, "momentum": False, "forgetting": False}),
+            OptionSet({"memory_residual": False, "forgetting": False, "convolution": 0}),
+            OptionSet({"memory_residual": False, "depth": 1, "chunk_size": 7, "momentum": False, "forgetting": False}),
         ),
     ),
 )
@@ -137,7 +137,7 @@ class NeuralMemory(Mechanism):
         heads: number of memories, each of width ``dim / heads``.
         depth: number of layers of a memory; 1 is a matrix.
         expansion: width of its hidden layers beside its own.
-        residual: whether a memory is ``k + LN(MLP(k))`` instead of ``MLP(k)``.
+        memory_residual: whether a memory is ``k + LN(MLP(k))`` instead of ``MLP(k)``.
         chunk_size: number of tokens whose gradients are taken at the same weights.
         convolution: tokens that the convolution after each projection sees, the own one included; 0 for none.
         momentum: whether surprise lasts, η; otherwise η = 0.
@@ -151,7 +151,7 @@ class NeuralMemory(Mechanism):
         heads: int = 1,
         depth: int = 2,
         expansion: int = 4,
-        residual: bool = True,
+        memory_residual: bool = True,
         chunk_size: int = 64,
         convolution: int = 4,
         momentum: bool = True,
@@ -176,9 +176,9 @@ class NeuralMemory(Mechanism):
         self.rates = nn.Linear(dim, heads * (1 + momentum + forgetting), **factory)
         widths = (self.head_dim, *(expansion * self.head_dim,) * (depth - 1), self.head_dim)
         self.initial = nn.ParameterList(torch.empty(heads, *shape, **factory) for shape in pairwise(widths))
-        self.step_scale = 1 / widths[-2] if residual else 1.0
-        self.gain = nn.Parameter(torch.ones(heads, 1, self.head_dim, **factory)) if residual else None
-        self.shift = nn.Parameter(torch.zeros(heads, 1, self.head_dim, **factory)) if residual else None
+        self.step_scale = 1 / widths[-2] if memory_residual else 1.0
+        self.gain = nn.Parameter(torch.ones(heads, 1, self.head_dim, **factory)) if memory_residual else None
+        self.shift = nn.Parameter(torch.zeros(heads, 1, self.head_dim, **factory)) if memory_residual else None
         self.norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory)
         self.gate = nn.Linear(dim, dim, bias=False, **factory)
         self.output = nn.Linear(dim, dim, bias=False, **factory)
