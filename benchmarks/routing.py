@@ -1,0 +1,154 @@
+"""Attention that chooses: 1/8 and 1/16 of the scores of dense attention, choosing included, against SDPA.
+
+Heads are given on both sides and projected on neither. The ideal is as many times faster as there are fewer scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from harness import Row, keep_freed_memory, report, threads_argument, times
+from regard.nn import (
+    MixtureOfBlockAttention,
+    MixtureOfSparseAttention,
+    RoutingAttention,
+    SeerAttention,
+    VideoMixtureOfBlock,
+)
+from regard.nn.sparse.seer import Heads
+from regard.ops import attention
+from regard.ops.blocks import BlockMap, block_means
+from regard.ops.masks import Causal
+
+HEADS, WIDTH, LENGTH, BLOCK = 8, 64, 16384, 128
+DIM, FEWER = HEADS * WIDTH, (8, 16)
+BLOCKS, TOKENS = 0.6, 0.45
+"""Shares of the ideal to reach: 0.6, but 0.45 where single queries choose blocks of keys."""
+DOUBLED = 2.3
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Choose = Callable[[Tensor, Tensor, Tensor], BlockMap]
+
+
+def inputs(length: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(1, HEADS, length, WIDTH, requires_grad=True) for _ in range(3)]
+
+
+def forward_backward(attend: Attend, length: int = LENGTH) -> Callable[[], object]:
+    tensors, seed = inputs(length), torch.randn(1, HEADS, length, WIDTH)
+    return lambda: torch.autograd.grad(attend(*tensors), tensors, seed, allow_unused=True)
+
+
+def moba(top_k: int) -> Choose:
+    layer = MixtureOfBlockAttention(DIM, heads=HEADS, block_size=BLOCK, top_k=top_k)
+    return lambda query, key, value: layer.route(query, block_means(key.detach(), BLOCK), key.shape[2])
+
+
+def seer(top_k: int) -> Choose:
+    """The gate of a prompt, whose blocks of queries choose together."""
+    layer = SeerAttention(DIM, heads=HEADS, block_size=BLOCK, top_k=top_k, position=None, causal=True)
+
+    def choose(query: Tensor, key: Tensor, value: Tensor) -> BlockMap:
+        length = query.shape[2]
+        return layer.chosen(
+            Heads(query, key, value, torch.arange(length), torch.ones(1, length, dtype=torch.bool)), BLOCK
+        )
+
+    return choose
+
+
+def chosen(choose: Choose) -> Attend:
+    return lambda query, key, value: attention(query, key, value, mask=choose(query, key, value) & Causal())
+
+
+def vmoba(top_k: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Over a video, of which a block is 2 frames of 8 × 8 patches."""
+    grid = (query.shape[2] // 1024, 32, 32)
+    layer = VideoMixtureOfBlock(DIM, heads=HEADS, layer=2, video_block=(2, 8, 8), top_k=top_k)
+    return layer.attend(query, key, value, grid)
+
+
+def mosa(fewer: int) -> Attend:
+    """The heads are projected from all tokens here; the layer projects its chosen ones alone."""
+    sparsity = round(fewer**0.5)
+    layer = MixtureOfSparseAttention(DIM, heads=HEADS, sparsity=sparsity, dense_heads=0, masked=True)
+    x = torch.randn(1, LENGTH, DIM)
+
+    def attend(*heads: Tensor) -> Tensor:
+        routed = layer.choose(x)
+        places = routed.index[..., None].expand(-1, -1, -1, WIDTH)
+        mixed = attention(*(each.gather(2, places) for each in heads), mask=layer.own_mask(routed))
+        return torch.zeros_like(heads[0]).scatter_add(2, places, mixed * routed.scores[..., None])
+
+    return attend
+
+
+def routing(fewer: int) -> Attend:
+    layer = RoutingAttention(DIM, heads=HEADS, local_heads=0, clusters=fewer, masked=True, shared=True).eval()
+    return lambda query, key, value: layer.attend(query, query, value)
+
+
+def share(map_of: BlockMap) -> float:
+    """Scores under the causal mask, as a share of all that the causal mask has."""
+    rows, columns = map_of.visits.shape[-2:]
+    row, column = torch.arange(rows)[:, None] * map_of.query_block, torch.arange(columns) * BLOCK
+    past = (column + BLOCK <= row) * float(map_of.query_block * BLOCK)
+    first = row - column + 1
+    own = (column <= row) & (row < column + BLOCK)
+    inside = own * (map_of.query_block * first + map_of.query_block * (map_of.query_block - 1) / 2)
+    return float((map_of.visits * (past + inside)).sum((-2, -1)).mean() / (LENGTH * (LENGTH + 1) / 2))
+
+
+def enough(make: Callable[[int], Choose], fewer: int) -> int:
+    """The top-k that visits 1/fewer of the causal scores, or a little more."""
+    tensors = [tensor.detach() for tensor in inputs(LENGTH)]
+    return next(k for k in range(1, LENGTH // BLOCK) if share(make(k)(*tensors)) >= 1 / fewer)
+
+
+def faster(case: str, attend: Attend, causal: bool, density: float, goal: float, dense: dict[bool, float]) -> Row:
+    (ours,) = times(forward_backward(attend), repeats=3)
+    ratio, ideal = dense[causal] / ours, 1 / density
+    peer = f"SDPA{' is_causal' if causal else ''}"
+    detail: dict[str, float | str] = {"scores of dense": density, "share of the ideal": ratio / ideal}
+    return Row(case, peer, ratio, f"≥ {goal * ideal:.2f}", ratio >= goal * ideal, ours, dense[causal], detail)
+
+
+def doubled(case: str, attend: Attend) -> Row:
+    half, whole = times(forward_backward(attend, LENGTH // 2), forward_backward(attend), repeats=3)
+    name = f"{case}, {LENGTH} tokens"
+    return Row(name, f"{LENGTH // 2} tokens", whole / half, f"≤ {DOUBLED}", whole / half <= DOUBLED, whole, half)
+
+
+def main() -> list[Row]:
+    exact = [forward_backward(partial(F.scaled_dot_product_attention, is_causal=causal)) for causal in (False, True)]
+    dense = dict(zip((False, True), times(*exact, repeats=3), strict=True))
+    rows = []
+    for fewer in FEWER:
+        for name, make, goal in (("seer, blocks of queries", seer, BLOCKS), ("moba, single queries", moba, TOKENS)):
+            top_k = enough(make, fewer)
+            density = share(make(top_k)(*[tensor.detach() for tensor in inputs(LENGTH)]))
+            case = f"{name}, top_k {top_k} of {LENGTH // BLOCK}"
+            rows.append(faster(case, chosen(make(top_k)), True, density, goal, dense))
+        count = LENGTH // BLOCK // fewer
+        case = f"vmoba, single queries of a video, {count} of {LENGTH // BLOCK} on average"
+        rows.append(faster(case, partial(vmoba, count), False, 1 / fewer, BLOCKS, dense))
+        case, kept = f"mosa, one token of {round(fewer**0.5)} a head", 1 / round(fewer**0.5) ** 2
+        rows.append(faster(case, mosa(fewer), True, kept, BLOCKS, dense))
+        case = f"routing_transformer, {fewer} clusters, later tokens hidden"
+        rows.append(faster(case, routing(fewer), True, 1 / fewer, BLOCKS, dense))
+    rows.append(doubled("seer, top_k 8", chosen(seer(8))))
+    rows.append(doubled("moba, top_k 8", chosen(moba(8))))
+    rows.append(doubled("vmoba, top_k 8", partial(vmoba, 8)))
+    return rows
+
+
+if __name__ == "__main__":
+    threads_argument()
+    keep_freed_memory()
+    report("routing", main())

@@ -1,0 +1,1 @@
+"""Sets: tokens without an order, summed up by learned vectors or divided among them."""
