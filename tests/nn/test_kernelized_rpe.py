@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from regard.nn import KernelizedRPEAttention
+from regard.nn.linear import kernelized_rpe
 from regard.ops import attention_weights, linear_attention
 from regard.ops.biases import RelativeBias
 from regard.ops.masks import Causal, Padding
@@ -23,6 +24,12 @@ OPTIONS = [
         {"max_distance": 30, "buckets": 8, "orthogonal": True, "features": 20},
     )
 ]
+
+
+@pytest.fixture(autouse=True, params=[0, 512], ids=["by transforms", "written out"])
+def few_keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to compute, at any length."""
+    monkeypatch.setattr(kernelized_rpe, "FEW_KEYS", request.param)
 
 
 def layer_of(dim: int = 12, heads: int = 3, dtype: torch.dtype = torch.float64, **options) -> KernelizedRPEAttention:

@@ -134,9 +134,9 @@ class ChosenLoop(SoftmaxLoop):
 
     def _allowed(self, step: Step, keys: Any) -> Tensor:
         """What the mask allows in the partial tiles: (rows or 1, queries, keys)."""
-        short = keys.place == self.keys // self.tile
-        invariant = keys.place is not None and self.within.shift_invariant and not short
-        name = (keys.place * self.tile - self._positions(step)[0], step.height) if invariant else None
+        name = None
+        if keys.place is not None and keys.place != self.keys // self.tile and self.within.shift_invariant:
+            name = keys.place * self.tile - self._positions(step)[0], step.height
         if name is None or name not in self._seen:
             sample, head, query, key = self._grid(step, keys.tiles[:, -keys.partial :])
             allowed = self.within.allows(sample, head, query, key.clamp(max=self.keys - 1)) & (key < self.keys)
