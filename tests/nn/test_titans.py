@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from regard.models.language import Decoder
 from regard.nn import NeuralMemory, TitansContext, TitansGate, TitansLayer
-from regard.nn.memory.titans import Memory, Rates, memorize, unit
+from regard.nn.memory.titans import unit
 from regard.ops import linear_attention
+from regard.ops.neural_memory import Memory, Rates, memorize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "titans.safetensors"
 

@@ -35,11 +35,12 @@ from torch.nn import functional as F
 from regard.catalogue import Contract, OptionSet, register
 from regard.nn.attention import Attention
 from regard.nn.mechanism import Mechanism, head_width
-from regard.nn.memory.titans import NeuralMemory, NeuralMemoryState, Projection, Weights, chunks, without_padding
+from regard.nn.memory.titans import NeuralMemory, NeuralMemoryState, Projection, without_padding
 from regard.nn.sparse.window import WindowAttention, WindowState
 from regard.ops.attention import attention
 from regard.ops.checks import one_of, require
 from regard.ops.masks import Dense, Mask
+from regard.ops.neural_memory import Weights, chunks
 from regard.ops.positions import rotary
 
 _SMALL_MEMORY = {"heads": 2, "chunk_size": 8, "expansion": 2}
