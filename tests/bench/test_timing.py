@@ -170,7 +170,7 @@ def test_bytes_moved_are_input_and_output():
 
 
 def test_seconds_are_median_and_quartiles():
-    assert timing._seconds([5.0, 1.0, 2.0, 4.0, 3.0]) == Seconds(median=3.0, low=2.0, high=4.0, runs=5)
+    assert timing.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == Seconds(median=3.0, low=2.0, high=4.0, runs=5)
 
 
 @pytest.mark.parametrize("flops_bound", [True, False])

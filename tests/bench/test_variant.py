@@ -14,6 +14,7 @@ from regard.bench.variant import Variant
 from regard.catalogue import Pattern
 
 CPU = torch.device("cpu")
+SOLID = [key for key in regard.mechanisms(input="grid") if Variant(key).card.contract.grid_dims == (3,)]
 
 
 @pytest.mark.parametrize("key", regard.mechanisms())
@@ -125,7 +126,7 @@ def test_pattern_cannot_be_undone_by_an_option(key: str, value: str):
 @pytest.mark.parametrize(
     ("length", "plane"), [(64, (8, 8)), (512, (16, 32)), (60, (6, 10)), (13, (1, 13)), (1, (1, 1)), (2, (1, 2))]
 )
-@pytest.mark.parametrize("key", regard.mechanisms())
+@pytest.mark.parametrize("key", [key for key in regard.mechanisms() if key not in SOLID])
 def test_input_is_a_sequence_or_a_plane_as_square_as_can_be(key: str, length: int, plane: tuple[int, int]):
     shape = tuple(Variant(key).input(length, 24, torch.float32, CPU).shape)
     assert prod(shape) == length * 24
@@ -133,10 +134,16 @@ def test_input_is_a_sequence_or_a_plane_as_square_as_can_be(key: str, length: in
     assert shape == expected[Variant(key).card.contract.input]
 
 
+@pytest.mark.parametrize(("length", "box"), [(64, (4, 4, 4)), (512, (8, 8, 8)), (2048, (8, 16, 16)), (13, (1, 1, 13))])
+@pytest.mark.parametrize("key", SOLID)
+def test_input_of_who_takes_no_plane_is_a_box(key: str, length: int, box: tuple[int, int, int]):
+    assert Variant(key).input(length, 24, torch.float32, CPU).shape == (1, *box, 24)
+
+
 def test_narrowest_input_of_tokens_is_the_shortest():
     assert Variant("multi_head").narrowest([100, 13, 64], 8, torch.float32, CPU).shape == (1, 13, 8)
 
 
-@pytest.mark.parametrize("key", regard.mechanisms(input="grid"))
+@pytest.mark.parametrize("key", [key for key in regard.mechanisms(input="grid") if key not in SOLID])
 def test_narrowest_plane_has_the_shortest_axis_though_it_is_not_the_smallest(key: str):
     assert Variant(key).narrowest([100, 202, 64], 8, torch.float32, CPU).shape == (1, 2, 101, 8)

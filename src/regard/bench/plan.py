@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,6 +69,7 @@ class Plan:
     variants: tuple[Variant, ...]
     seeds: int
     workers: int
+    patterns: tuple[Pattern, ...] = PATTERNS
 
     @property
     def timing(self) -> list[TimingTask]:
@@ -75,7 +77,7 @@ class Plan:
         return [
             TimingTask(pattern, length)
             for length in sorted({*self.settings.lengths})
-            for pattern in PATTERNS
+            for pattern in self.patterns
             if any(variant.attends(pattern) for variant in self.variants)
         ]
 
@@ -105,25 +107,26 @@ class Plan:
 
 def make_plan(settings: Settings, budget: float, *, threads: int) -> Plan:
     """Check the settings and choose the number of seeds that `budget` minutes allow. Raises Refusal."""
-    variants = _variants(settings)
+    variants = parse_variants(settings.mechanisms)
+    for variant in variants:
+        if not any(variant.attends(pattern) for pattern in PATTERNS):
+            declared = ", ".join(variant.card.contract.patterns)
+            raise Refusal(f"mechanism {variant} has only {declared}; compare takes self-attention and gates")
     _check_tasks(settings, variants)
     _check_shape(settings, variants)
     if not budget > 0:
         raise Refusal(f"budget {budget:g} minutes; give a positive number")
     plan = Plan(settings, variants, 1, min(threads, MOST_WORKERS) if settings.device == "cpu" else 1)
     _check_runs(plan)
-    return replace(plan, seeds=_affordable_seeds(plan, budget * 60))
+    return replace(plan, seeds=affordable_seeds(plan, budget * 60))
 
 
-def _variants(settings: Settings) -> tuple[Variant, ...]:
+def parse_variants(mechanisms: Sequence[str]) -> tuple[Variant, ...]:
+    """The mechanisms of a command line, each once. Raises Refusal."""
     try:
-        variants = tuple(dict.fromkeys(map(Variant.parse, settings.mechanisms)))
+        variants = tuple(dict.fromkeys(map(Variant.parse, mechanisms)))
     except (ValueError, TypeError) as error:
         raise Refusal(str(error)) from None
-    for variant in variants:
-        if not any(variant.attends(pattern) for pattern in PATTERNS):
-            declared = ", ".join(variant.card.contract.patterns)
-            raise Refusal(f"mechanism {variant} has only {declared}; compare takes self-attention and gates")
     if not variants:
         raise Refusal("mechanisms is empty; name at least one, or leave it out")
     return variants
@@ -140,15 +143,7 @@ def _check_tasks(settings: Settings, variants: tuple[Variant, ...]) -> None:
 
 
 def _check_shape(settings: Settings, variants: tuple[Variant, ...]) -> None:
-    for name, values in (("lengths", settings.lengths), ("dim", [settings.dim]), ("heads", [settings.heads])):
-        if not values or min(values) < 1:
-            raise Refusal(f"{name} {','.join(map(str, values)) or 'is empty'}; give positive numbers")
-    if settings.dtype not in DTYPES:
-        raise Refusal(f"dtype {settings.dtype!r} is not known; valid values: {', '.join(DTYPES)}")
-    try:
-        torch.empty(1, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        raise Refusal(f"device {settings.device!r} cannot be used: {_first_line(error)}") from None
+    check_shape(settings.lengths, settings.dim, settings.heads, settings.dtype, settings.device)
     shortest = min(settings.lengths)
     for variant in variants:
         parameter = inspect.signature(variant.card.cls).parameters.get("window")
@@ -158,6 +153,19 @@ def _check_shape(settings: Settings, variants: tuple[Variant, ...]) -> None:
                 f"length {shortest} is too short for window {window} of {variant}, which would see everything; "
                 "give longer lengths or a shorter window"
             )
+
+
+def check_shape(lengths: Sequence[int], dim: int, heads: int, dtype: str, device: str) -> None:
+    """Raise Refusal for sizes that are not positive, an unknown dtype, or a device that is not there."""
+    for name, values in (("lengths", lengths), ("dim", [dim]), ("heads", [heads])):
+        if not values or min(values) < 1:
+            raise Refusal(f"{name} {','.join(map(str, values)) or 'is empty'}; give positive numbers")
+    if dtype not in DTYPES:
+        raise Refusal(f"dtype {dtype!r} is not known; valid values: {', '.join(DTYPES)}")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Refusal(f"device {device!r} cannot be used: {_first_line(error)}") from None
 
 
 def _check_runs(plan: Plan) -> None:
@@ -178,7 +186,8 @@ def _check_runs(plan: Plan) -> None:
             raise Refusal(f"{error.name} is missing; install regard with the extra 'compare'") from None
 
 
-def _affordable_seeds(plan: Plan, seconds: float) -> int:
+def affordable_seeds(plan: Plan, seconds: float) -> int:
+    """How many seeds of all its models can be trained in so many seconds."""
     timing = sum(expected_seconds(task, plan.settings) for task in plan.timing)
     training = sum(expected_seconds(task, plan.settings) for task in plan.quality) / plan.workers
     return next((seeds for seeds in SEEDS if timing + seeds * training <= 0.9 * seconds), 1)

@@ -103,8 +103,13 @@ class DigitsTrial(Trial):
 
     subject = "images of digits"
     pattern = timed_as = "noncausal self"
+    also = " over a plane"
     metric, better, guessing = "accuracy", "higher", 1 / digits.CLASSES
     steps, learning_rate, batch = 650, 2e-3, 32
+
+    def takes(self, variant: Variant) -> bool:
+        contract = variant.card.contract
+        return super().takes(variant) and (contract.input != "grid" or 2 in contract.grid_dims)
 
     def model(self, variant: Variant) -> Encoder:
         return Encoder(

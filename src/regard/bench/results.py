@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -140,6 +140,10 @@ class Summary(Record):
     state_growth: dict[str, float] = Field(
         default_factory=dict, description="bytes that a further token adds to what a layer keeps"
     )
+    compositional_index: dict[str, dict[str, float]] = Field(
+        default_factory=dict,
+        description="by pattern, best first: standard deviations above the average mechanism, over its tasks",
+    )
     verdict: list[Sentence] = Field(default_factory=list)
 
 
@@ -160,11 +164,14 @@ class Refusal(ValueError):
     """Something about the arguments or files of a comparison that its user has to change."""
 
 
-class Store:
-    """The results file of one folder, held by one process at a time."""
+Kept = TypeVar("Kept", bound=Record)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / FILE
+
+class Folder(Generic[Kept]):
+    """A folder with a results file, a `model` with settings and machine; held by one process at a time."""
+
+    def __init__(self, folder: Path, model: type[Kept]) -> None:
+        self.folder, self.path, self.model = folder, folder / FILE, model
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / ".lock")
@@ -178,14 +185,14 @@ class Store:
         """Let others write."""
         self._lock.release()
 
-    def open(self, settings: Settings, machine: Machine) -> Results:
+    def open(self, settings: Record, machine: Machine) -> Kept:
         """The results so far, or none yet.
 
         Raises Refusal for a file of other settings or another machine, which is left as it is, and for one that cannot
         be read, which is kept aside.
         """
         if not self.path.exists():
-            return Results(settings=settings, machine=machine)
+            return self.model.model_validate({"settings": settings, "machine": machine})
         results = self.read()
         for kind, wanted in (("settings", settings), ("machine", machine)):
             for name, value in wanted:
@@ -197,10 +204,10 @@ class Store:
                     )
         return results
 
-    def read(self) -> Results:
+    def read(self) -> Kept:
         """What the file holds."""
         try:
-            return Results.model_validate_json(self.path.read_bytes())
+            return self.model.model_validate_json(self.path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
@@ -209,7 +216,7 @@ class Store:
         reason = f"{where}: {first['msg']}"
         raise Refusal(f"{self.path} is damaged ({reason}); it is kept as {aside.name}: run again to start anew")
 
-    def write(self, results: Results) -> None:
+    def write(self, results: Kept) -> None:
         """Replace the file, whole or not at all."""
         self.write_text(FILE, results.model_dump_json(indent=1) + "\n")
 
@@ -228,6 +235,13 @@ class Store:
         while (path := self.folder / f"results.damaged-{number}.json").exists():
             number += 1
         return path
+
+
+class Store(Folder[Results]):
+    """The folder of a comparison."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, Results)
 
 
 def _say(value: object) -> str:

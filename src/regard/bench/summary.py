@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
+from regard.bench.patterns import compositional_index
 from regard.bench.plan import BASELINE
 from regard.bench.quality import TRIALS, Trial
 from regard.bench.results import Interval, QualityCell, Results, Seconds, Summary, TimingCell
@@ -42,6 +43,7 @@ def summarize(results: Results) -> Summary:
         pareto={task: pareto(TRIALS[task], scores, times_of(results, task)) for task, scores in quality.items()},
         efficiency_length=efficiency_lengths(results.timing),
         state_growth=state_growth(results.timing),
+        compositional_index=compositional_index(quality),
     )
     summary.verdict = verdict(results, summary)
     return summary

@@ -28,15 +28,21 @@ class Layer:
     x: Tensor
     weight: Tensor
     state: Any = field(default=None)
+    context: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.x,) if self.context is None else (self.x, self.context)
 
     def forward(self) -> Tensor:
         with torch.no_grad():
-            return self.module(self.x)
+            return self.module(*self.inputs)
 
     def train(self) -> None:
         self.module.zero_grad(set_to_none=True)
-        torch.autograd.backward(self.module(self.x.requires_grad_()), self.weight)
-        self.x.grad = None
+        torch.autograd.backward(self.module(*(tensor.requires_grad_() for tensor in self.inputs)), self.weight)
+        for tensor in self.inputs:
+            tensor.grad = None
 
     def decode(self) -> None:
         with torch.no_grad():
@@ -45,7 +51,7 @@ class Layer:
 
     def bytes_moved(self) -> int:
         """Input and output, each once: of parameters a short sequence may not need all."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.x, self.weight))
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.inputs, self.weight))
 
 
 def time_layers(
@@ -59,7 +65,10 @@ def time_layers(
     device: torch.device,
     seed: int,
 ) -> tuple[TimingCell, dict[str, str]]:
-    """The measurements, and for each variant that could not be measured the reason."""
+    """The measurements, and for each variant that could not be measured the reason.
+
+    A context is as long as the sequence.
+    """
     layers: dict[str, Layer] = {}
     failures: dict[str, str] = {}
     for variant in variants:
@@ -68,6 +77,8 @@ def time_layers(
             module = variant.build(dim, heads, pattern, dtype=dtype, device=device)
             x = variant.input(length, dim, dtype, device)
             layer = Layer(module, x, torch.randn_like(x))
+            if pattern.endswith("cross"):
+                layer.context = torch.randn(1, length, dim, dtype=dtype, device=device)
             layer.train()
             if pattern == "causal self" and variant.card.contract.step:
                 with torch.no_grad():
@@ -90,13 +101,13 @@ def time_layers(
 
     measured = {}
     for name, layer in layers.items():
-        forward, training = (_seconds(samples[name, phase]) for phase in ("forward", "training"))
+        forward, training = (quartiles(samples[name, phase]) for phase in ("forward", "training"))
         once, both = work(layer.forward, device), work(layer.train, device)
         moved = layer.bytes_moved()
         measured[name] = LayerTiming(
             forward=forward,
             training=training,
-            step=_seconds([run / STEPS for run in samples[name, "step"]]) if name in states else None,
+            step=quartiles([run / STEPS for run in samples[name, "step"]]) if name in states else None,
             forward_flops=once.flops,
             training_flops=both.flops,
             forward_share=max(once.flops / gemm_flops, moved / copy_bytes) / forward.median,
@@ -116,6 +127,6 @@ def _phases(layer: Layer) -> dict[str, Callable[[], object]]:
     return phases
 
 
-def _seconds(samples: Sequence[float]) -> Seconds:
+def quartiles(samples: Sequence[float]) -> Seconds:
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Seconds(median=median, low=low, high=high, runs=len(samples))

@@ -6,7 +6,6 @@ import ast
 import inspect
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
 import torch
@@ -73,20 +72,31 @@ class Variant:
         return entry.build(dim, pattern=wanted, **arguments, dtype=dtype, device=device)
 
     def input(self, length: int, dim: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """One random sequence of `length` tokens, as a plane as square as can be where it takes a grid."""
-        plane = _plane(length)
-        shapes = {"tokens": (1, length, dim), "grid": (1, *plane, dim), "feature_map": (1, dim, *plane)}
+        """One random sequence of `length` tokens, as a plane or cube as square as can be where it takes a grid."""
+        sizes = self._sizes(length)
+        shapes = {"tokens": (1, length, dim), "grid": (1, *sizes, dim), "feature_map": (1, dim, *sizes)}
         return torch.randn(shapes[self.card.contract.input], dtype=dtype, device=device)
 
     def narrowest(self, lengths: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """The input of one of `lengths` that is the hardest to run on: the shortest, or with the shortest axis."""
         tokens = self.card.contract.input == "tokens"
-        return self.input(min(lengths, key=lambda length: length if tokens else _plane(length)[0]), dim, dtype, device)
+        shortest = min(lengths, key=lambda length: length if tokens else self._sizes(length)[0])
+        return self.input(shortest, dim, dtype, device)
+
+    def _sizes(self, length: int) -> tuple[int, ...]:
+        """The axes of a grid of so many tokens: two of them, unless it takes only others."""
+        axes = self.card.contract.grid_dims or (2,)
+        return _box(length, 2 if 2 in axes else axes[0])
 
 
-def _plane(length: int) -> tuple[int, int]:
-    rows = next(rows for rows in range(isqrt(length), 0, -1) if length % rows == 0)
-    return rows, length // rows
+def _box(length: int, axes: int) -> tuple[int, ...]:
+    """Sizes that multiply to `length`, as equal as can be, the smallest first."""
+    if axes == 1:
+        return (length,)
+    widest = round(length ** (1 / axes))
+    widest -= widest**axes > length
+    size = next(size for size in range(widest, 0, -1) if length % size == 0)
+    return size, *_box(length // size, axes - 1)
 
 
 def _literal(text: str) -> object:

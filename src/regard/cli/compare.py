@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from regard.cli.app import app, fail, open_console, print_rows
+from regard.cli.measuring import INTERRUPTED, Ended, items, numbers, progress
 
 if TYPE_CHECKING:
     from regard.bench.plan import Plan
     from regard.bench.results import Results, Store
-    from regard.bench.run import Task, Watch
-
-INTERRUPTED = 130
-"""The exit code of a program ended by Ctrl-C."""
 
 
 @app.command()
@@ -47,7 +39,27 @@ def compare(
     lengths. Writes results.json and report.html, which opens in any browser. Ctrl-C loses only what was being measured:
     run again to go on.
     """
+    measure_mechanisms(
+        patterns=False,
+        mechanisms=items(mechanisms),
+        tasks=[] if task == "none" else items(task),
+        lengths=numbers("--lengths", lengths),
+        dim=dim,
+        heads=heads,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        budget=budget,
+        out=out,
+    )
+
+
+def measure_mechanisms(
+    *, patterns: bool, mechanisms: list[str], budget: float, out: Path, device: str, **asked: Any
+) -> None:
+    """Measure what was asked for, under self-attention alone or all four patterns; write and print the results."""
     try:
+        from regard.bench.patterns import default_mechanisms, make_patterns_plan
         from regard.bench.plan import DEFAULT_MECHANISMS, make_plan, this_machine
         from regard.bench.results import Refusal, Settings, Store
         from regard.report.page import FILE as REPORT
@@ -57,18 +69,10 @@ def compare(
     import torch
 
     threads = torch.get_num_threads()
+    default = default_mechanisms() if patterns else [*DEFAULT_MECHANISMS]
     try:
-        settings = Settings(
-            mechanisms=_items(mechanisms) or [*DEFAULT_MECHANISMS],
-            tasks=[] if task == "none" else _items(task),
-            lengths=_numbers("--lengths", lengths),
-            dim=dim,
-            heads=heads,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-        )
-        plan = make_plan(settings, budget, threads=threads)
+        settings = Settings(mechanisms=mechanisms or default, device=device, **asked)
+        plan = (make_patterns_plan if patterns else make_plan)(settings, budget, threads=threads)
         store = Store(out)
         try:
             results = store.open(settings, this_machine(device, threads))
@@ -80,26 +84,18 @@ def compare(
         fail(str(refusal))
     except OSError as error:
         fail(f"{error.filename or out} cannot be written ({error.strerror}); what was measured before is kept")
-    _print(results)
+    _print(results, patterns)
     typer.echo(f"\n{report}\n{store.path}")
-    if ended.problem:
-        fail(f"{ended.problem}; what was measured is kept: run the same command again to go on", ended.code)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How measuring ended: an exit code, and what kept it from being complete."""
-
-    code: int = 0
-    problem: str = ""
+    ended.leave()
 
 
 def _measure(plan: Plan, results: Results, store: Store, budget: float) -> Ended:
+    from regard.bench.plan import expected_seconds
     from regard.bench.run import run
 
     waiting = [task for tasks in plan.waiting(results) for task in tasks]
     try:
-        with _progress(plan, waiting) as watch:
+        with progress({str(task): expected_seconds(task, plan.settings) for task in waiting}) as watch:
             left = run(plan, results, store, budget=budget, watch=watch)
     except KeyboardInterrupt:
         return Ended(INTERRUPTED, "interrupted")
@@ -112,50 +108,16 @@ def _measure(plan: Plan, results: Results, store: Store, budget: float) -> Ended
     )
 
 
-@contextmanager
-def _progress(plan: Plan, waiting: Sequence[Task]) -> Iterator[Watch]:
-    """A bar on a terminal, a line for each finished cell elsewhere; both on stderr."""
-    from regard.bench.plan import expected_seconds
+def _print(results: Results, patterns: bool) -> None:
+    from regard.report.page import efficiency, index, overview
 
-    console, done = open_console(stderr=True), 0
-
-    def say(task: Task, event: str) -> None:
-        nonlocal done
-        done += event != "started"
-        if not console.is_terminal:
-            if event != "started":
-                typer.echo(f"{done}/{len(waiting)} {event}: {task}", err=True)
-            return
-        advance = 0.0 if event == "started" else expected_seconds(task, plan.settings)
-        bar.update(whole, advance=advance, description=f"{done}/{len(waiting)} {task}")
-
-    columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        whole = bar.add_task("starting", total=sum(expected_seconds(task, plan.settings) for task in waiting))
-        yield say
-
-
-def _print(results: Results) -> None:
-    from regard.report.page import overview
-
-    console, content = open_console(), overview(results)
-    rows = [[cell.text for cell in row] for row in content.rows]
-    if not console.is_terminal:
-        rows.insert(0, [*content.columns])
-    print_rows(console, "", content.title, content.columns, rows)
+    console = open_console()
+    for content in (efficiency(results), index(results)) if patterns else (overview(results),):
+        rows = [[cell.text for cell in row] for row in content.rows]
+        if rows and not console.is_terminal:
+            rows.insert(0, [*content.columns])
+        print_rows(console, "", content.title, content.columns, rows)
     for sentence in results.summary.verdict:
         console.print(f"• {sentence.text}", soft_wrap=not console.is_terminal)
     for what, why in results.failures.items():
         console.print(f"! {what}: {why}", soft_wrap=True)
-
-
-def _items(text: str) -> list[str]:
-    """What stands between commas, those of a tuple aside."""
-    return [item.strip() for item in re.split(r",(?![^()]*\))", text) if item.strip()]
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return sorted(set(map(int, _items(text))))
-    except ValueError:
-        fail(f"{option} {text!r}: give whole numbers with commas between, e.g. 512,1024")

@@ -51,7 +51,7 @@ def page(results: Results) -> str:
         subjects={task: trial.subject for task, trial in TRIALS.items()},
         figures=drawn,
         overview=overview(results),
-        details=[efficiency(results), *shares(results)],
+        details=[efficiency(results), index(results), *shares(results)],
         # A tag inside a string of JSON would end the script it stands in.
         scripts={name: Markup(text.replace("<", "\\u003c")) for name, text in scripts.items()},
         plotly=Markup(get_plotlyjs()),
@@ -140,6 +140,35 @@ def efficiency(results: Results) -> Table:
         "The length in tokens from which a mechanism is faster than exact attention and stays so, interpolated between "
         "the lengths measured.",
         ("mechanism", *(f"{pattern}: {phase}" for pattern, phase in columns)),
+        tuple(rows),
+    )
+
+
+def index(results: Results) -> Table:
+    """How good each mechanism is over the tasks of a pattern."""
+    found = results.summary.compositional_index
+    rows = [
+        (
+            Cell(name),
+            *(
+                Cell(f"{by_name[name]:+.2f}", f"/summary/compositional_index/{pattern}/{name}")
+                if name in by_name
+                else NOTHING
+                for pattern, by_name in found.items()
+            ),
+        )
+        for name in dict.fromkeys(name for by_name in found.values() for name in by_name)
+    ]
+    tasks = {
+        pattern: ", ".join(task for task in results.summary.quality if TRIALS[task].pattern == pattern)
+        for pattern in found
+    }
+    return Table(
+        "index",
+        "Compositional index",
+        "The mean over the tasks of a pattern of how many standard deviations a mechanism’s score is better than that "
+        "of the mechanisms here on average, as in CAB (arXiv 2210.07661): it depends on who is compared.",
+        ("mechanism", *(f"{pattern} ({tasks[pattern]})" for pattern in found)),
         tuple(rows),
     )
 
