@@ -46,8 +46,8 @@ def test_command_exists(command: str):
     elif program == "python":
         assert not [argument for argument in arguments if "/" in argument and not (ROOT / argument).exists()]
     else:
-        # A comparison takes minutes; with --help its options are still read, and unknown ones refused.
-        arguments += ["--help"] if arguments[0] == "compare" else []
+        # These take minutes; with --help its options are still read, and unknown ones refused.
+        arguments += ["--help"] if arguments[0] in ("compare", "bench") else []
         assert CliRunner().invoke(app, arguments).exit_code == 0
 
 

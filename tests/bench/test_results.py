@@ -58,8 +58,9 @@ def test_new_folder_starts_with_nothing(store: Store):
 
 
 def test_what_is_written_is_read(store: Store):
-    store.write(some())
-    assert opened(store) == store.read() == some()
+    written = some()
+    store.write(written)
+    assert opened(store) == store.read() == written
 
 
 def test_numbers_come_back_exactly(store: Store):

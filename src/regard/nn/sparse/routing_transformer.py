@@ -76,8 +76,12 @@ class RoutingState:
         attention_map=True,
         options=(
             OptionSet({"window": 4, "position": "rotary"}, {"positions": True}),
-            OptionSet({"clusters": 2, "local_heads": 0, "shared": True}, {"permutation": "equivariant"}),
-            OptionSet({"clusters": 12, "local_heads": 0, "shared": False}, {"permutation": "equivariant"}),
+            OptionSet(
+                {"clusters": 2, "local_heads": 0, "shared": True, "position": None}, {"permutation": "equivariant"}
+            ),
+            OptionSet(
+                {"clusters": 12, "local_heads": 0, "shared": False, "position": None}, {"permutation": "equivariant"}
+            ),
             # They hide later tokens and yet are clustered by them: neither a causal pattern nor a noncausal one.
             OptionSet(
                 {"masked": True, "shared": True, "clusters": 3, "local_heads": 1, "window": 5},
@@ -123,6 +127,7 @@ class RoutingAttention(Mechanism):
     ) -> None:
         super().__init__()
         self.dim, self.clusters, self.causal, self.masked, self.decay = dim, clusters, causal, masked, decay
+        self.position = position
         self.head_dim = head_width(self._name, dim, heads, None)
         local_heads = heads // 2 if local_heads is None else local_heads
         require(

@@ -24,7 +24,9 @@ from regard.ops.engines.tile_loop import MOST_KEYS, NARROW_TILE, WIDE_TILE, Step
 from regard.ops.indices import Span
 from regard.ops.masks import Mask, Tiles, plan
 from regard.ops.masks.base import FULL, PARTIAL
-from regard.ops.masks.plan import LONGEST_SPAN
+
+LONGEST_SPAN = 2048
+"""Most keys of a row walked at once; fewer rows are then."""
 
 
 def tile_of(blocks: BlockMap) -> int | None:

@@ -17,9 +17,8 @@ from torch import Tensor
 from regard.ops.indices import Span, full_tile, index_grid
 from regard.ops.masks.base import EMPTY, FULL, PARTIAL, Mask, Tiles
 
-KEY_SPAN, HEADS_IN_FLIGHT = 512, 8
-"""Keys walked at once for so many query heads, so that their scores stay in cache; fewer heads walk more."""
-LONGEST_SPAN = 2048
+KEY_SPAN = 512
+"""Most keys walked at once, so that their scores stay in cache."""
 _MOST_PLANS = 128
 
 
@@ -89,25 +88,23 @@ class Plan:
                 stop += 1
             batch = (sample, stop) if samples > 1 else (0, self.tiles.batch)
             if heads == 1:
-                rows = self._rows(table[sample, 0], (batch[1] - batch[0]) * self.tiles.heads)
-                yield Unit(batch, (0, key_heads), rows)
+                yield Unit(batch, (0, key_heads), self._rows(table[sample, 0]))
                 continue
             for _, run in groupby(range(heads), key=lambda head, at=sample: table[at, head].tobytes()):
                 indices = list(run)
-                rows = self._rows(table[sample, indices[0]], len(indices) * self.tiles.heads // key_heads)
+                rows = self._rows(table[sample, indices[0]])
                 # Only a unit with every head may span samples: (sample, head) rows must be contiguous in memory.
                 pieces = range(*batch) if len(indices) < key_heads else [None]
                 for piece in pieces:
                     one = batch if piece is None else (piece, piece + 1)
                     yield Unit(one, (indices[0], indices[-1] + 1), rows)
 
-    def _rows(self, table: np.ndarray, heads: int) -> list[list[KeyRange]]:
-        span = min(LONGEST_SPAN, KEY_SPAN * max(1, HEADS_IN_FLIGHT // heads))
-        return [list(self._ranges(row, max(1, span // self.tiles.key_tile))) for row in table]
+    def _rows(self, table: np.ndarray) -> list[list[KeyRange]]:
+        return [list(self._ranges(row)) for row in table]
 
-    def _ranges(self, row: np.ndarray, most: int) -> Iterator[KeyRange]:
-        """At most `most` tiles at once: a run of them, or several runs that lie apart."""
-        visited = np.flatnonzero(row != EMPTY)
+    def _ranges(self, row: np.ndarray) -> Iterator[KeyRange]:
+        """As many tiles at once as may be: a run of them, or several runs that lie apart."""
+        visited, most = np.flatnonzero(row != EMPTY), max(1, KEY_SPAN // self.tiles.key_tile)
         for first in range(0, len(visited), most):
             chosen = visited[first : first + most]
             places = np.flatnonzero(row[chosen] != FULL)
