@@ -64,8 +64,8 @@ class BlockMap(Mask):
         """The highest scores, `count` blocks of keys for each block of queries.
 
         Across ``"key"`` it is `count` blocks of queries for each of keys (expert choice), and across ``"head"`` `count`
-        times as many pairs as there are blocks of queries, wherever they are. Infinite scores are always chosen, and
-        count; −∞ never.
+        times as many pairs as there are blocks of queries, wherever they are. +∞ comes before every other score and
+        counts; −∞ is never chosen.
         """
         one_of("BlockMap.top_k", "across", across, ("query", "key", "head"))
         require(count > 0, "BlockMap.top_k", f"count {count} is not positive", "choose at least one")
