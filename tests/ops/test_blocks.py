@@ -17,6 +17,7 @@ from regard.ops.blocks import BlockMap, block_means, split_map
 from regard.ops.engines.chosen import ChosenLoop
 from regard.ops.engines.loops import loop_for
 from regard.ops.engines.routed import RoutedLoop
+from regard.ops.engines.visits import ALIKE
 from regard.ops.masks import Causal, Mask, Padding, Tiles, Window
 from regard.ops.masks.base import EMPTY, FULL
 
@@ -152,7 +153,8 @@ def test_work_is_in_proportion_to_what_is_visited(query_block):
         counted.append(counter.get_total_flops())
     # The counter does not see products into given memory.
     assert counted[0] >= 8 * heads * length**2 * width
-    assert counted[1] == counted[0] // 8
+    # Blocks that fewer queries visit than others in the same product are filled up.
+    assert counted[0] // 8 <= counted[1] <= counted[0] // 8 / ALIKE
 
 
 def test_each_map_has_its_loop():

@@ -20,13 +20,15 @@ from regard.ops.biases import Bias
 from regard.ops.blocks import BlockMap
 from regard.ops.dropout import keep_tile
 from regard.ops.engines.tile_kinds import SoftmaxLoop
-from regard.ops.engines.tile_loop import MOST_KEYS, NARROW_TILE, WIDE_TILE, Step
+from regard.ops.engines.tile_loop import NARROW_TILE, WIDE_TILE, Step
 from regard.ops.indices import Span
 from regard.ops.masks import Mask, Tiles, plan
 from regard.ops.masks.base import FULL, PARTIAL
 
 LONGEST_SPAN = 2048
 """Most keys of a row walked at once; fewer rows are then."""
+MOST_KEYS = 2**14
+"""Rows × keys per query in flight. More than for keys that are views: the rows then share few large products."""
 
 
 def tile_of(blocks: BlockMap) -> int | None:

@@ -43,7 +43,7 @@ def loop_for(
         tile, own_choices = tile_of(blocks), blocks.visits.shape[0] * blocks.visits.shape[1] > 1
         if blocks.query_block < NARROW_TILE:
             loop = RoutedLoop(*arguments)
-            loop.blocks, loop.rest = blocks, rest
+            loop.gather_for(blocks, rest)
             return loop
         if tile is not None and own_choices:
             loop = ChosenLoop(*arguments)

@@ -49,7 +49,7 @@ class SoftmaxLoop(TileLoop):
 def merge(mixed: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two sets of keys."""
     total = torch.logaddexp(lse, more_lse)
-    level = total.masked_fill(total == -torch.inf, 0.0)
+    level = finite(total)
     return mixed.mul_((lse - level).exp_()).add_(more.mul_((more_lse - level).exp_())), total
 
 
@@ -65,7 +65,7 @@ class _SoftmaxBackward(BackwardTiles):
         place = (step.rows, slice(None), slice(*step.queries))
         level = self.lse[place].flatten(1, 2)[..., None]
         self.empty = level == -torch.inf
-        self.level, self.shift = level.masked_fill(self.empty, 0.0), self.delta[place].flatten(1, 2)[..., None]
+        self.level, self.shift = finite(level), self.delta[place].flatten(1, 2)[..., None]
         self.query, self.grad = query, grad
 
     def tile(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
@@ -134,12 +134,12 @@ class SoftplusLoop(TileLoop):
         level = query.new_full((*query.shape[:2], 1), -torch.inf)
         for keys in step.ranges:
             level = torch.logaddexp(level, self.logs(query, counts, step, keys)[1].logsumexp(-1, keepdim=True))
-        shift = _finite(level)
+        shift = finite(level)
         mixed, total = query.new_zeros(*query.shape[:2], self.value.shape[-1]), self.floor(level)
         for keys in step.ranges:
             logs, _ = self.normalizer.sharpened(self.logs(query, counts, step, keys)[1] - shift, counts)
             more = logs.logsumexp(-1, keepdim=True)
-            weights, kept = (logs - _finite(more)).exp_(), self.kept(step, keys)
+            weights, kept = (logs - finite(more)).exp_(), self.kept(step, keys)
             if kept is not None:
                 weights.mul_(kept)
             mixed, total = merge(mixed, total, torch.bmm(weights, self.keys_of(self.value, step, keys)), more)
@@ -168,13 +168,13 @@ class _SoftplusBackward(BackwardTiles):
     def enter(self, step: Step, query: Tensor, grad: Tensor) -> None:
         place = (step.rows, slice(None), slice(*step.queries))
         level = self.lse[place].flatten(1, 2)[..., None]
-        self.level, self.shift = _finite(level), self.delta[place].flatten(1, 2)[..., None]
+        self.level, self.shift = finite(level), self.delta[place].flatten(1, 2)[..., None]
         self.query, self.grad, self.counts = query, grad, self.loop.counts(step)
         self.total, self.sum = self.loop.floor(level), torch.zeros_like(level)
         for keys in step.ranges:
             _, _, logs, steepness = self._logs(step, keys)
             total = torch.logaddexp(self.total, logs.logsumexp(-1, keepdim=True))
-            self.sum.mul_((self.total - _finite(total)).exp_())
+            self.sum.mul_((self.total - finite(total)).exp_())
             self.total = total
             self.sum.add_(self._grad_logs(step, keys, steepness)[0].sum(-1, keepdim=True))
 
@@ -183,7 +183,7 @@ class _SoftplusBackward(BackwardTiles):
         slope = self.loop.normalizer.slope(scores, softplus, self.counts)
         grad_scores, kept = self._grad_logs(step, keys, steepness)
         grad_scores.sub_((softplus - self.level).exp_().mul_(self.sum)).mul_(slope)
-        weights = (logs - _finite(self.total)).exp_()
+        weights = (logs - finite(self.total)).exp_()
         return weights if kept is None else weights.mul_(kept), grad_scores
 
     def _logs(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -196,9 +196,9 @@ class _SoftplusBackward(BackwardTiles):
         kept = self.loop.kept(step, keys)
         if kept is not None:
             grad.mul_(kept)
-        return grad.sub_(self.shift).mul_((steepness - _finite(self.total)).exp_()), kept
+        return grad.sub_(self.shift).mul_((steepness - finite(self.total)).exp_()), kept
 
 
-def _finite(level: Tensor) -> Tensor:
-    """A logarithm that may be subtracted: empty rows have −inf."""
-    return level.masked_fill(level == -torch.inf, 0.0)
+def finite(level: Tensor) -> Tensor:
+    """A logarithm that may be subtracted. Empty rows have −inf: exp(−inf − level) is 0 for every finite level."""
+    return level.clamp(min=torch.finfo(level.dtype).min)
