@@ -197,7 +197,8 @@ def test_the_table_has_no_row_without_verification():
 
 def timing(median: float) -> KernelTiming:
     seconds = Seconds(median=median, low=median, high=median, runs=3)
-    return KernelTiming(verified=Verified(queries=1, error=0.0), seconds=seconds, peak_bytes=None, share=0.1)
+    verified = Verified(queries=1, error=0.0)
+    return KernelTiming(verified=verified, seconds=seconds, first_seconds=4.0, peak_bytes=None, share=0.1)
 
 
 def test_auto_is_judged_against_engines_and_not_peers():
@@ -205,6 +206,19 @@ def test_auto_is_judged_against_engines_and_not_peers():
     assert judge_auto("tiled", timings).model_dump() == {"engine": "tiled", "behind": 1.5, "best": "fused"}
     assert judge_auto("fused", timings).behind == 1.0
     assert judge_auto("reference", timings).behind is None
+
+
+def test_auto_is_not_judged_against_what_must_be_compiled_and_the_report_says_what_that_gains():
+    case = measured("causal", "forward", "fused")
+    case.timings = {"tiled": timing(3.0), "flex": timing(2.0)}
+    case.auto = judge_auto("tiled", case.timings)
+    assert case.auto.behind == 1.0
+    results = KernelResults(settings=settings(), machine=this_machine("cpu", 1), cases={"causal 96 forward": case})
+    assert auto(results) == [
+        "auto picked the best engine in every case",
+        "auto does not compile: flex would have been up to 1.50× faster than its choice in 1 cases, after 4 s for the "
+        "first call of each",
+    ]
 
 
 def test_what_auto_would_take_is_what_it_takes():

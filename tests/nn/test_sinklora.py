@@ -218,5 +218,5 @@ def test_what_makes_no_groups_is_refused(options, complaint):
 def test_an_empty_budget_and_a_layer_of_another_width_are_refused():
     with pytest.raises(ValueError, match="HeavyHitterCache: budget 0"):
         sinklora().init_state(1, budget=0)
-    with pytest.raises(ValueError, match="context_dim 12"):
+    with pytest.raises(ValueError, match="context_dim=12"):
         ShiftedSparseAttention.from_multi_head(MultiHeadAttention(16, context_dim=12))

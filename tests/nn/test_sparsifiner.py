@@ -315,7 +315,7 @@ def test_it_learns_digits_and_the_task_alone_reaches_the_predictor():
         (lambda: built().attention_loss(tokens(1, 5, 12), tokens(1, 2, 5, 4)), r"target of shape \(1, 2, 5, 4\)"),
         (
             lambda: SparsifinerAttention.from_multi_head(MultiHeadAttention(8, causal=True)),
-            "from_multi_head: layer of dim 8.*causal True; give a plain one",
+            "a layer with causal=True; convert one with causal=False",
         ),
     ],
 )

@@ -191,6 +191,26 @@ class RelativeBias(Bias):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class TableBias(Bias):
+    """``table[b, h, i, j]``, with queries that stand at the end of the keys."""
+
+    table: Float[Tensor, "batch_or_1 heads queries keys"]
+
+    def score(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        sample = batch if self.table.shape[0] > 1 else torch.zeros_like(batch)
+        return self.table[sample, head, query - self._start, key]
+
+    def tile(self, batch: Span, heads: Span, queries: Span, keys: Span, device: torch.device) -> Tensor:
+        samples = slice(*batch) if self.table.shape[0] > 1 else slice(None)
+        rows = slice(queries[0] - self._start, queries[1] - self._start)
+        return self.table[samples, heads[0] : heads[1], rows, keys[0] : keys[1]]
+
+    @property
+    def _start(self) -> int:
+        return self.table.shape[3] - self.table.shape[2]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class PairScores(Bias):
     """A learned function of each query and key; neither the scores nor what is computed on the way is ever kept.
 

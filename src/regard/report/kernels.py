@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -9,6 +10,7 @@ from markupsafe import Markup
 
 from regard.bench.kernels.patterns import PATTERNS
 from regard.bench.kernels.results import Auto, KernelCase, KernelResults
+from regard.ops.engines import COMPILED
 from regard.report.page import NOTHING, Cell, Table
 
 BUSY = 1.5
@@ -83,7 +85,24 @@ def auto(results: KernelResults) -> list[str]:
     worst = "auto picked the best engine in every case" if behind == 1 else ""
     lines = [worst or f"auto was at most {behind:.2f}× slower than the best engine ({place}: {_choice(found)})"]
     slower = [f"{place}: {_choice(found)}, {behind:.2f}×" for behind, place, found in judged if behind > 1.25]
-    return lines + [f"auto is more than 1.25× slower at {line}" for line in slower]
+    return lines + [f"auto is more than 1.25× slower at {line}" for line in slower] + _compiled(results)
+
+
+def _compiled(results: KernelResults) -> list[str]:
+    """What engines that auto leaves alone gain, and what they cost first."""
+    lines = []
+    for engine in COMPILED:
+        cases = [case for case in results.cases.values() if {engine, case.auto.engine} <= case.timings.keys()]
+        if not cases:
+            continue
+        timed = [(case.timings[case.auto.engine].seconds.median, case.timings[engine]) for case in cases]
+        gain = max(ours / found.seconds.median for ours, found in timed)
+        first = statistics.median(found.first_seconds for _, found in timed)
+        lines.append(
+            f"auto does not compile: {engine} would have been up to {gain:.2f}× faster than its choice in {len(cases)} "
+            f"cases, after {first:.2g} s for the first call of each"
+        )
+    return lines
 
 
 def notes(results: KernelResults) -> list[str]:

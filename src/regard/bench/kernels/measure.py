@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from regard.bench.kernels.results import Auto, KernelCase, KernelTiming, Phase, 
 from regard.bench.measure import gemm, times, work
 from regard.bench.timing import quartiles
 from regard.ops import attention
-from regard.ops.engines import ENGINES
+from regard.ops.engines import COMPILED, ENGINES
 from regard.ops.masks import Dense
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -58,14 +59,16 @@ def measure_case(problem: Problem, pattern: str, kernels: Sequence[Kernel]) -> K
     heads, dim = problem.query.shape[1], problem.query.shape[-1]
     device, dtype = problem.query.device, problem.query.dtype
     right: dict[Kernel, tuple[Operator, Verified]] = {}
-    wrong, failed, refused = {}, {}, {}
+    first, wrong, failed, refused = {}, {}, {}, {}
     for kernel in kernels:
         reason = kernel.refuses(problem)
         if reason is not None:
             refused[kernel.name] = reason
             continue
         try:
-            operator = kernel.prepare(problem)
+            operator, started = kernel.prepare(problem), time.perf_counter()
+            problem.run(operator, problem.weight)
+            first[kernel] = time.perf_counter() - started
             error = expected.error(operator)
             if error <= TOLERANCE[dtype]:
                 right[kernel] = operator, Verified(queries=len(expected.rows), error=error)
@@ -87,6 +90,7 @@ def measure_case(problem: Problem, pattern: str, kernels: Sequence[Kernel]) -> K
         timings[kernel.name] = KernelTiming(
             verified=verified,
             seconds=seconds,
+            first_seconds=first[kernel],
             peak_bytes=None if peak is None else peak + kernel.kept(problem),
             share=flops / gemm_flops / seconds.median,
         )
@@ -106,8 +110,9 @@ def measure_case(problem: Problem, pattern: str, kernels: Sequence[Kernel]) -> K
 
 
 def judge_auto(engine: str, timings: Mapping[str, KernelTiming]) -> Auto:
-    """Against the engines that were timed: those it could have picked, and that are right."""
-    medians = {name: timings[name].seconds.median for name in ENGINES if name in timings}
+    """Against the engines that were timed, so are right, and need no compiling: those it could have picked."""
+    could = [name for name in ENGINES if name in timings and name not in COMPILED]
+    medians = {name: timings[name].seconds.median for name in could}
     if engine not in medians:
         return Auto(engine=engine, behind=None, best=None)
     best = min(medians, key=medians.__getitem__)

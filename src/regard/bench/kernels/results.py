@@ -25,6 +25,7 @@ class KernelTiming(Record):
 
     verified: Verified
     seconds: Seconds
+    first_seconds: float = Field(description="of the first call, which compiles what is compiled")
     peak_bytes: int | None = Field(description="held beyond the inputs; with the mask, where the kernel is given one")
     share: float = Field(
         description="least time of the FLOPs needed, at the speed of a large matrix product, over its own"
@@ -32,7 +33,10 @@ class KernelTiming(Record):
 
 
 class Auto(Record):
-    """What ``backend="auto"`` picks, and how many times slower that is than the best engine it could have picked."""
+    """What ``backend="auto"`` picks, and how many times slower that is than the best engine it could have picked.
+
+    That is any of ours that takes the case without being compiled for it.
+    """
 
     engine: str
     behind: float | None = Field(description="null where its engine was not timed")

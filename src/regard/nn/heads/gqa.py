@@ -21,6 +21,7 @@ from einops import reduce
 
 from regard.catalogue import OptionSet, register
 from regard.nn.attention import ALIBI, ATTENTION, CROSS, RELATIVE, ROTARY, Attention, Position
+from regard.nn.conversion import converted
 from regard.nn.heads.multi_head import MultiHeadAttention
 from regard.ops.checks import require
 
@@ -76,26 +77,12 @@ class GroupedQueryAttention(Attention):
             f"kv_heads {kv_heads} does not divide heads {layer.heads}",
             "give a divisor",
         )
-        grouped = cls(
-            layer.dim,
-            heads=layer.heads,
-            kv_heads=kv_heads,
-            head_dim=layer.head_dim,
-            causal=layer.causal,
-            position=layer.position,
-            bias=layer.query.bias is not None,
-            dropout=layer.dropout,
-            context_dim=layer.context_dim,
-            device=layer.query.weight.device,
-            dtype=layer.query.weight.dtype,
-        )
         state = layer.state_dict()
         for projection in ("key", "value"):
             for name in (f"{projection}.weight", f"{projection}.bias"):
                 if name in state:
                     state[name] = _group_mean(state[name], kv_heads, layer.head_dim)
-        grouped.load_state_dict(state)
-        return grouped.train(layer.training)
+        return converted(cls, layer, kv_heads=kv_heads, state=state)
 
 
 def _group_mean(parameter: torch.Tensor, groups: int, head_dim: int) -> torch.Tensor:

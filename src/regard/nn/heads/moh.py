@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from regard.catalogue import OptionSet, register
 from regard.nn.attention import ALIBI, ATTENTION, RELATIVE, ROTARY, Attention, Position
+from regard.nn.conversion import converted
 from regard.nn.heads.multi_head import MultiHeadAttention
 from regard.ops.attention import attention
 from regard.ops.cache import KeyValueCache
@@ -170,29 +171,12 @@ class MixtureOfHeadAttention(Attention):
         Learned routers start at zero, where all heads that are on weigh 1 and ties decide which. Raises ValueError for
         a `layer` whose context has another width than its tokens.
         """
-        require(
-            layer.context_dim == layer.dim,
-            "MixtureOfHeadAttention.from_multi_head",
-            f"layer has context_dim {layer.context_dim} beside dim {layer.dim}",
-            "give a layer with one width",
-        )
-        mixture = cls(
-            layer.dim,
-            heads=layer.heads,
-            shared_heads=shared_heads,
-            active_heads=active_heads,
-            router=router,
-            head_dim=layer.head_dim,
-            causal=layer.causal,
-            position=layer.position,
-            bias=layer.query.bias is not None,
-            dropout=layer.dropout,
-            device=layer.query.weight.device,
-            dtype=layer.query.weight.dtype,
-        )
-        zeros = {name: torch.zeros_like(value) for name, value in mixture.state_dict().items() if "router" in name}
-        mixture.load_state_dict({**layer.state_dict(), **zeros})
-        return mixture.train(layer.training)
+        mixture = converted(cls, layer, shared_heads=shared_heads, active_heads=active_heads, router=router)
+        with torch.no_grad():
+            for name, parameter in mixture.named_parameters():
+                if "router" in name:
+                    parameter.zero_()
+        return mixture
 
     def forward(
         self,

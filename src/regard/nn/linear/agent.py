@@ -21,7 +21,6 @@ PVT's reduced keys are not here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -34,34 +33,13 @@ from regard.catalogue import Contract, OptionSet, register
 from regard.nn.laid_out import LaidOut, OverImage, OverTokens
 from regard.nn.mechanism import head_width
 from regard.ops.attention import attention, attention_weights
-from regard.ops.biases import Bias
+from regard.ops.biases import Bias, TableBias
 from regard.ops.checks import require
-from regard.ops.indices import Span
 from regard.ops.masks import Padding
 from regard.ops.precision import statistics_dtype
 
 BLOCK = 7
 """Entries per axis of the coarse bias."""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class TableBias(Bias):
-    """``table[b, h, i, j]``, with queries that stand at the end of the keys."""
-
-    table: Float[Tensor, "batch_or_1 heads queries keys"]
-
-    def score(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        sample = batch if self.table.shape[0] > 1 else torch.zeros_like(batch)
-        return self.table[sample, head, query - self._start, key]
-
-    def tile(self, batch: Span, heads: Span, queries: Span, keys: Span, device: torch.device) -> Tensor:
-        samples = slice(*batch) if self.table.shape[0] > 1 else slice(None)
-        rows = slice(queries[0] - self._start, queries[1] - self._start)
-        return self.table[samples, heads[0] : heads[1], rows, keys[0] : keys[1]]
-
-    @property
-    def _start(self) -> int:
-        return self.table.shape[3] - self.table.shape[2]
 
 
 class AgentBias(nn.Module):

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from regard.catalogue import OptionSet, Taxonomy, register
 from regard.nn.attention import ATTENTION, Attention, Position
+from regard.nn.conversion import converted
 from regard.nn.heads.multi_head import MultiHeadAttention
 from regard.nn.memory._sections import Reading, Sections
 from regard.ops.attention import attention
@@ -160,30 +161,7 @@ class LandmarkAttention(Attention):
         cls, layer: MultiHeadAttention, *, block_size: int = 50, carried: bool = False
     ) -> LandmarkAttention:
         """A layer to fine-tune from a trained causal one, which it equals up to the first landmark."""
-        weight = layer.query.weight
-        require(
-            layer.causal
-            and layer.position in (None, "rotary")
-            and (layer.kv_heads, layer.context_dim) == (layer.heads, layer.dim),
-            cls.__name__,
-            f"a layer with causal={layer.causal}, position {layer.position!r}, {layer.kv_heads} key heads of "
-            f"{layer.heads} and context_dim {layer.context_dim}",
-            "convert a causal one without position or with 'rotary', all of its key heads and no context_dim",
-        )
-        made = cls(
-            layer.dim,
-            heads=layer.heads,
-            block_size=block_size,
-            carried=carried,
-            head_dim=layer.head_dim,
-            position=layer.position,
-            bias=layer.query.bias is not None,
-            dropout=layer.dropout,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        made.load_state_dict({**made.state_dict(), **layer.state_dict()})
-        return made.train(layer.training)
+        return converted(cls, layer, causal=True, block_size=block_size, carried=carried)
 
     @property
     def section(self) -> int:

@@ -31,8 +31,9 @@ from torch.nn import functional as F
 
 from regard.catalogue import OptionSet, register
 from regard.nn.attention import ALIBI, ATTENTION, RELATIVE, ROTARY, Attention, Position
+from regard.nn.conversion import converted
 from regard.nn.heads.multi_head import MultiHeadAttention
-from regard.ops.checks import one_of, require
+from regard.ops.checks import one_of
 from regard.ops.masks import Mask, Segments, segments_of
 from regard.ops.precision import statistics_dtype
 
@@ -147,25 +148,7 @@ class SelectiveSelfAttention(Attention):
     @classmethod
     def from_multi_head(cls, layer: MultiHeadAttention) -> SelectiveSelfAttention:
         """A layer to fine-tune from a trained one, which it equals but for the queries' place, ``0.011 log n``."""
-        weight = layer.query.weight
-        require(
-            layer.head_dim * layer.heads == layer.dim == layer.context_dim and layer.dropout == 0,
-            cls.__name__,
-            f"a layer of head_dim {layer.head_dim}, context_dim {layer.context_dim} and dropout {layer.dropout}",
-            "convert one with head_dim dim / heads, no context_dim and no dropout",
-        )
-        made = cls(
-            layer.dim,
-            heads=layer.heads,
-            kv_heads=layer.kv_heads,
-            causal=layer.causal,
-            position=layer.position,
-            bias=layer.query.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        made.load_state_dict({**made.state_dict(), **layer.state_dict()})
-        return made
+        return converted(cls, layer)
 
     def split(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads, and behind them τ^tok times them: f must not see rotated ones, and rotary turns both alike."""

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from regard.catalogue import OptionSet, register
 from regard.nn.attention import ATTENTION, Attention, Position
+from regard.nn.conversion import converted
 from regard.nn.heads.gqa import GroupedQueryAttention
 from regard.nn.heads.mqa import MultiQueryAttention
 from regard.nn.heads.multi_head import MultiHeadAttention
@@ -155,30 +156,7 @@ class MixtureOfBlockAttention(Attention):
         top_k: int = 3,
     ) -> MixtureOfBlockAttention:
         """A layer to train on from a trained one with full attention, which it equals up to `top_k` blocks."""
-        weight = layer.query.weight
-        given = f"causal={layer.causal}, position {layer.position!r}, context_dim {layer.context_dim}"
-        require(
-            layer.causal
-            and layer.position in (None, "rotary")
-            and (layer.context_dim, layer.dropout) == (layer.dim, 0.0),
-            cls.__name__,
-            f"a layer with {given} and dropout {layer.dropout}",
-            "convert a causal one without position or with 'rotary', and with neither context_dim nor dropout",
-        )
-        made = cls(
-            layer.dim,
-            heads=layer.heads,
-            block_size=block_size,
-            top_k=top_k,
-            kv_heads=layer.kv_heads,
-            head_dim=layer.head_dim,
-            position=layer.position,
-            bias=layer.query.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        made.load_state_dict(layer.state_dict())
-        return made.train(layer.training)
+        return converted(cls, layer, causal=True, block_size=block_size, top_k=top_k)
 
     def forward(
         self,

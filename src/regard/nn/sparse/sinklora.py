@@ -31,6 +31,7 @@ from torch import Tensor
 
 from regard.catalogue import OptionSet, Paper, Taxonomy, register
 from regard.nn.attention import ATTENTION, Attention, Position
+from regard.nn.conversion import converted
 from regard.nn.sparse._heavy_hitters import HeavyHitterCache
 from regard.nn.sparse.window import WindowState
 from regard.ops.attention import attention
@@ -121,28 +122,7 @@ class ShiftedSparseAttention(Attention):
         `layer` is a `MultiHeadAttention` or `GroupedQueryAttention`. Raises ValueError if it attends to a context of
         another width or has positions that this does not have.
         """
-        require(
-            layer.context_dim == layer.dim,
-            "ShiftedSparseAttention.from_multi_head",
-            f"layer with context_dim {layer.context_dim} beside dim {layer.dim}",
-            "give a layer of self-attention",
-        )
-        made = cls(
-            layer.dim,
-            heads=layer.heads,
-            block_size=block_size,
-            sinks=sinks,
-            unshifted=unshifted,
-            kv_heads=layer.kv_heads,
-            head_dim=layer.head_dim,
-            causal=layer.causal,
-            position=layer.position,
-            bias=layer.query.bias is not None,
-            device=layer.query.weight.device,
-            dtype=layer.query.weight.dtype,
-        )
-        made.load_state_dict(layer.state_dict())
-        return made.train(layer.training)
+        return converted(cls, layer, block_size=block_size, sinks=sinks, unshifted=unshifted)
 
     @property
     def shifted_heads(self) -> int:

@@ -39,10 +39,11 @@ from torch.nn import functional as F
 
 from regard.catalogue import OptionSet, register
 from regard.nn.attention import ATTENTION
+from regard.nn.conversion import converted
 from regard.nn.heads.multi_head import MultiHeadAttention
-from regard.nn.linear.agent import TableBias
 from regard.nn.mechanism import Mechanism, head_width
 from regard.ops.attention import Backend, attention, attention_weights
+from regard.ops.biases import TableBias
 from regard.ops.checks import require
 from regard.ops.masks import Dense, Mask, Padding
 from regard.ops.precision import statistics_dtype, without_autocast
@@ -227,36 +228,20 @@ class SparsifinerAttention(Mechanism):
         Raises ValueError for a `layer` that is causal, has positions, a context of another width, fewer key heads than
         heads, or heads of a width other than dim / heads.
         """
-        weight = layer.query.weight
-        require(
-            layer.head_dim * layer.kv_heads == layer.dim == layer.context_dim
-            and not layer.causal
-            and layer.position is None
-            and layer.kv_heads == layer.heads,
-            f"{cls.__name__}.from_multi_head",
-            f"layer of dim {layer.dim}, context_dim {layer.context_dim}, head_dim {layer.head_dim}, "
-            f"kv_heads {layer.kv_heads}, position {layer.position!r}, causal {layer.causal}",
-            "give a plain one",
-        )
-        made = cls(
-            layer.dim,
-            heads=layer.heads,
+        state = layer.state_dict()
+        for kind in ("weight", "bias") if layer.query.bias is not None else ("weight",):
+            state[f"qkv.{kind}"] = torch.cat([state.pop(f"{name}.{kind}") for name in ("query", "key", "value")])
+        return converted(
+            cls,
+            layer,
+            state=state,
             max_length=max_length,
             rank=rank,
             coefficients=coefficients,
             threshold=threshold,
             budget=budget,
             class_token=class_token,
-            bias=layer.query.bias is not None,
-            dropout=layer.dropout,
-            device=weight.device,
-            dtype=weight.dtype,
         )
-        given = layer.state_dict()
-        for kind in ("weight", "bias") if layer.query.bias is not None else ("weight",):
-            given[f"qkv.{kind}"] = torch.cat([given.pop(f"{name}.{kind}") for name in ("query", "key", "value")])
-        made.load_state_dict({**made.state_dict(), **given})
-        return made.train(layer.training)
 
     def forward(
         self,

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.catalogue import Contract, OptionSet, register
+from regard.nn.conversion import converted
 from regard.nn.heads.multi_head import MultiHeadAttention
 from regard.nn.mechanism import Mechanism, head_width
 from regard.ops.attention import attention
@@ -134,28 +135,15 @@ class VideoMixtureOfBlock(Mechanism):
         threshold: float = 0.25,
     ) -> VideoMixtureOfBlock:
         """The layer number `index` of a model to train on from a trained one with full attention."""
-        weight, plain = layer.query.weight, (layer.position, layer.context_dim, layer.dropout)
-        require(
-            not layer.causal and plain == (None, layer.dim, 0.0),
-            cls.__name__,
-            f"a layer with causal={layer.causal}, position {plain[0]!r}, context_dim {plain[1]} and dropout {plain[2]}",
-            "convert a noncausal self-attention without position and dropout; attend(...) takes heads with positions",
-        )
-        made = cls(
-            layer.dim,
-            heads=layer.heads,
+        return converted(
+            cls,
+            layer,
             layer=index,
             temporal_block=temporal_block,
             spatial_block=spatial_block,
             video_block=video_block,
             threshold=threshold,
-            head_dim=layer.head_dim,
-            bias=layer.query.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
         )
-        made.load_state_dict(layer.state_dict())
-        return made.train(layer.training)
 
     def forward(self, x: Float[Tensor, "batch time height width dim"]) -> Float[Tensor, "batch time height width dim"]:
         """Attend from the video to itself."""

@@ -5,6 +5,9 @@ from regard.ops.engines.call import Call
 
 ENGINES = {"fused": fused, "tiled": tiled, "flex": flex, "reference": reference}
 
+COMPILED = ("flex",)
+"""Engines that ``backend="auto"`` leaves alone: a new shape or mask costs them seconds of compiling, and a compiler."""
+
 SMALL = 256 * 256
 """Scores a head below which a dense mask costs less than a loop over tiles."""
 
@@ -21,4 +24,4 @@ def choose(call: Call) -> tuple[str, str]:
     return "reference", f"no tiled engine takes it: {tiled.refuses(call)}"
 
 
-__all__ = ["ENGINES", "Call", "choose"]
+__all__ = ["COMPILED", "ENGINES", "Call", "choose"]
