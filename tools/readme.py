@@ -22,13 +22,13 @@ def main() -> None:
 
 def filled(readme: str, results: Path = RESULTS) -> str:
     """`readme` with both generated parts as the registry and the result files have them."""
-    return _between(_between(readme, "mechanisms", mechanism_table()), "speed", speed_tables(results))
+    return between(between(readme, "mechanisms", mechanism_table()), "speed", speed_tables(results))
 
 
 def mechanism_table() -> str:
     """One row per mechanism that comes with regard, whatever else is installed and registered."""
     cards = [card(key) for key in mechanisms()]
-    return _table(MECHANISM_COLUMNS, [_mechanism(own) for own in cards if own.cls.__module__.startswith("regard.")])
+    return table(MECHANISM_COLUMNS, [_mechanism(own) for own in cards if own.cls.__module__.startswith("regard.")])
 
 
 def speed_tables(results: Path) -> str:
@@ -39,12 +39,13 @@ def speed_tables(results: Path) -> str:
     return "\n\n".join(_speed_table(file.stem, json.loads(file.read_text(encoding="utf-8"))) for file in files)
 
 
-def _between(text: str, name: str, content: str) -> str:
+def between(text: str, name: str, content: str, page: str = "README.md") -> str:
+    """`text` with new content between two marks."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"README.md: {begin} … {end} is missing; write it where the table belongs")
+        raise ValueError(f"{page}: {begin} … {end} is missing; write it where the table belongs")
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
@@ -72,7 +73,7 @@ def _speed_table(name: str, result: dict) -> str:
         f"`benchmarks/{name}.py` ({machine['processor']}, {machine['threads']} threads, "
         f"{machine['gemm_gflops']} GFLOP/s in a matrix product, torch {machine['torch']}):"
     )
-    return f"{heading}\n\n{_table(SPEED_COLUMNS, map(_measured, result['rows']))}"
+    return f"{heading}\n\n{table(SPEED_COLUMNS, map(_measured, result['rows']))}"
 
 
 def _measured(row: dict) -> tuple[str, ...]:
@@ -92,7 +93,7 @@ def _number(value: float | str) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(map(_line, [columns, ["---"] * len(columns), *rows]))
 
 
