@@ -1,8 +1,8 @@
 """Object discovery: a slot attention autoencoder learns from images alone, and its masks are held against the objects.
 
 The ratio of the first row is the foreground ARI itself, 0 by chance and 1 for the true masks, of held-out images; that
-of the second is the ARI with implicit differentiation over the one with gradients through all iterations. Both are means
-over seeds. Seconds are those of a training step.
+of the second is the ARI with implicit differentiation over the one with gradients through all iterations. Both are
+means over seeds. Seconds are those of a training step.
 """
 
 from __future__ import annotations

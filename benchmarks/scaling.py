@@ -1,15 +1,13 @@
 """Every mechanism over tokens that declares linear or N log N time, from 4096 to 32 768, forward and backward.
 
 Causal where it can be. Beside each the layer of exact attention, causal as well or not, and the length from which it is
-faster than that. And a decoding step of every
-mechanism whose state is constant, after a thousand tokens and after a hundred thousand.
+faster than that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +24,6 @@ ROUNDS = 3
 EXACT = "multi_head"
 CAUSAL: Pattern = "causal self"
 PLAIN: Pattern = "noncausal self"
-SHORT, LONG, STEPS = 1_024, 98 * 1_024, 200
-"""Both at the same place of a block, for mechanisms that forget block by block."""
 
 
 def growth(contract: Contract, integers: dict[str, int], which: str) -> float:
@@ -92,29 +88,6 @@ def compare(key: str, exact: dict[Pattern, dict[int, float]]) -> Row | None:
     return Row(case, EXACT, worst, f"≤ {limit}", reached, seconds[longest], peer, detail)
 
 
-@torch.no_grad()
-def step(key: str) -> Row:
-    """A step after many tokens, as a share of one after few."""
-    built: Any = build(key, CAUSAL).eval()
-    token = torch.randn(1, 1, DIM)
-
-    def steps(seen: int) -> Callable[[], object]:
-        state = built.init_state(1)
-        for piece in torch.randn(1, seen, DIM).split(10_000, dim=1):
-            _, state = built.step(piece, state)
-
-        def run() -> None:
-            for _ in range(STEPS):
-                built.step(token, state)
-
-        return run
-
-    few, many = times(steps(SHORT), steps(LONG), repeats=9, warmup=2)
-    case, ratio = f"{key}, a decoding step after {LONG} tokens", many / few
-    detail: dict[str, float | str] = {"us a step": many / STEPS * 1e6}
-    return Row(case, f"after {SHORT}", ratio, "≤ 1.1", ratio <= 1.1, many / STEPS, few / STEPS, detail)
-
-
 if __name__ == "__main__":
     threads_argument()
     keep_freed_memory()
@@ -124,5 +97,4 @@ if __name__ == "__main__":
     }
     keys = dict.fromkeys(key for pattern in (CAUSAL, PLAIN) for key in mechanisms(pattern=pattern, input="tokens"))
     rows = [compare(key, exact) for key in keys]
-    steady = [step(key) for key in mechanisms(pattern=CAUSAL, input="tokens", state="constant")]
-    report("scaling", [*(row for row in rows if row is not None), *steady])
+    report("scaling", [row for row in rows if row is not None])

@@ -169,7 +169,7 @@ def test_a_trained_layer_is_taken_over(position):
 
 
 def test_a_layer_of_other_widths_is_not_taken_over():
-    with pytest.raises(ValueError, match="SelectiveSelfAttention: a layer with head_dim=3; convert one with head_dim=8"):
+    with pytest.raises(ValueError, match="SelectiveSelfAttention: a layer with head_dim=3; convert one with"):
         SelectiveSelfAttention.from_multi_head(MultiHeadAttention(16, heads=2, head_dim=3))
 
 
