@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from math import prod
@@ -74,6 +75,7 @@ def _measure(case: Case, length: int, then: Callable[[torch.Tensor], None]) -> i
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most memory a call holds beyond what is there before it (CPU)."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
+    gc.collect()  # what was there before and is freed in the call would count as room
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     return peak_recorded(recorded)
