@@ -75,7 +75,7 @@ def _measure(case: Case, length: int, then: Callable[[torch.Tensor], None]) -> i
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most memory a call holds beyond what is there before it (CPU)."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
-    gc.collect()  # what was there before and is freed in the call would count as room
+    gc.collect(1)  # what the call frees that was there before would count as room (a full collection takes a second)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     return peak_recorded(recorded)
