@@ -2,7 +2,8 @@
 
 A block of keys is loaded once and meets all queries that visit it in one product, which blocks of several heads share.
 Outputs over a block are merged into those so far by their log-sum-exp, as in MoBA (2025, arXiv 2502.13189). Work is in
-proportion to the pairs visited; memory beside the results to the queries of one product.
+proportion to the pairs visited; memory beside the results to the queries of one product, and an index of who visits
+what.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Visits:
         edges = np.searchsorted(found, np.arange(len(rows) * self.per_row + 1) * self.length)
         starts, counts = (each.reshape(len(rows), self.per_row) for each in (edges[:-1], np.diff(edges)))
         queries = (found // (self.per_row * self.length) + rows.start) * self.length + found % self.length
-        seen, together = np.zeros(self.rows * self.length, bool), []
+        seen, together, members = np.zeros(self.rows * self.length, bool), [], []
         # The largest block of each row, then the second, … : few queries are in two of them.
         for blocks in np.argsort(-counts, axis=1, kind="stable").T:
             for group in _alike(counts[np.arange(len(rows)), blocks]):
@@ -111,9 +111,11 @@ class Visits:
                 who = np.concatenate([queries[start : start + count] for start, count in zip(*more[1:], strict=True)])
                 if together and (not self._join(together, more) or seen[who].any()):
                     yield from self._cut(together, queries, asks)
-                    seen[:], together = False, []
+                    seen[np.concatenate(members)] = False
+                    together, members = [], []
                 seen[who] = True
                 together.append(more)
+                members.append(who)
         if together:
             yield from self._cut(together, queries, asks)
 
