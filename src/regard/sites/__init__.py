@@ -1,0 +1,27 @@
+"""The door to attention in any model: find its sites, look into them, change them, leave it as it was.
+
+from regard import sites
+
+print(sites.find(model).table())
+with sites.attach(model, sites.Edit(sites.Where(layers=3, keys="image"), "weights", "scale", 0.5)):
+    model.generate(...)
+"""
+
+from regard.sites.attach import Attached, Instrument, attach, find
+from regard.sites.call import AttentionCall
+from regard.sites.site import Site, Sites, Unreached
+from regard.sites.tokens import Tokens
+from regard.sites.where import Where
+
+__all__ = [
+    "Attached",
+    "AttentionCall",
+    "Instrument",
+    "Site",
+    "Sites",
+    "Tokens",
+    "Unreached",
+    "Where",
+    "attach",
+    "find",
+]
