@@ -9,6 +9,7 @@ with sites.attach(model, sites.Edit(sites.Where(layers=3, keys="image"), "weight
 
 from regard.sites.attach import Attached, Instrument, attach, find
 from regard.sites.call import AttentionCall
+from regard.sites.edit import Edit
 from regard.sites.site import Site, Sites, Unreached
 from regard.sites.tokens import Tokens
 from regard.sites.where import Where
@@ -16,6 +17,7 @@ from regard.sites.where import Where
 __all__ = [
     "Attached",
     "AttentionCall",
+    "Edit",
     "Instrument",
     "Site",
     "Sites",

@@ -38,12 +38,14 @@ class AttentionCall:
         site: where it happens.
         query, key: (B, H, N, D) and (B, Hk, M, D), positions applied; None where the host shows its scores only.
         value: (B, Hk, M, Dv).
-        scores: the host's logits for rows (and heads), scaled, biased and masked: at least float32, (B, h, n, M).
+        scores: the host's logits for rows (and heads), scaled, biased and masked: at least float32, (B, h, n, M). Where
+            the host's kernel is causal, a third argument asks for that many of the first keys only.
         normalize: logits → weights, as the host does it.
         attend: the host's own attention with a bias (broadcast to (B, H, N, M)) added to its logits → (B, H, N, Dv).
         query_start, key_start: the sequence position of the first query and of the first key.
         step: the model's forward pass since the door was attached, from 0.
         tokens: which token is which, where that was said.
+        causal: whether the host's kernel, without a mask, shows row i the keys 0 … i only.
     """
 
     site: Site
@@ -51,13 +53,14 @@ class AttentionCall:
     key: Float[Tensor, "batch key_heads keys head_dim"] | None
     value: Float[Tensor, "batch key_heads keys value_dim"]
     queries: int
-    scores: Callable[[slice, Heads], Tensor]
+    scores: Callable[..., Tensor]
     normalize: Callable[[Tensor, Heads], Tensor]
     attend: Callable[[Tensor | None], Tensor]
     query_start: int | Tensor
     key_start: int | Tensor
     step: int = 0
     tokens: Tokens | None = None
+    causal: bool = False
     bias: Tensor | None = None
     logit_changes: tuple[RowChange, ...] = ()
     weight_changes: tuple[RowChange, ...] = ()
@@ -99,18 +102,30 @@ class AttentionCall:
         """The call with its output (B, H, N, Dv) changed."""
         return replace(self, output_changes=(*self.output_changes, change))
 
-    def logits(self, rows: slice, heads: Heads = None) -> Float[Tensor, "batch heads rows keys"]:
-        """The logits of some rows (and heads), with the changes made so far; −inf or very low where masked."""
-        values = self.scores(rows, heads)
+    def reach(self, rows: slice) -> int:
+        """How many of the first keys hold all that these rows may see: the others need not be computed."""
+        return min(rows.stop, self.keys) if self.causal and self.fused else self.keys
+
+    def logits(
+        self, rows: slice, heads: Heads = None, keys: int | None = None
+    ) -> Float[Tensor, "batch heads rows keys"]:
+        """The logits of some rows (and heads), with the changes made so far; −inf or very low where masked.
+
+        With ``keys``, those of that many first keys; `reach` says how many are enough.
+        """
+        few = keys is not None and self.causal and not self.logit_changes
+        values = self.scores(rows, heads, keys) if few else self.scores(rows, heads)
         if self.bias is not None:
-            values = values + part(self.bias, rows, heads)
+            values = values + part(self.bias, rows, heads)[..., : values.shape[-1]]
         for each in self.logit_changes:
             values = each.change(values, rows, heads)
-        return values
+        return values[..., :keys]
 
-    def weights(self, rows: slice, heads: Heads = None) -> Float[Tensor, "batch heads rows keys"]:
-        """The weights of some rows (and heads), with the changes made so far."""
-        values = self.normalize(self.logits(rows, heads), heads)
+    def weights(
+        self, rows: slice, heads: Heads = None, keys: int | None = None
+    ) -> Float[Tensor, "batch heads rows keys"]:
+        """The weights of some rows (and heads), with the changes made so far; ``keys`` as in `logits`, from `reach`."""
+        values = self.normalize(self.logits(rows, heads, keys), heads)
         for each in self.weight_changes:
             values = each.change(values, rows, heads)
         return values
@@ -159,6 +174,8 @@ def product(query: Tensor, key: Tensor, scale: float, rows: slice, heads: Heads)
             batch, _, count, width = query.shape
             shared = query.reshape(batch, key.shape[1], group * count, width)
             return (shared @ key.to(dtype).mT).reshape(batch, -1, count, key.shape[2])
+        if isinstance(heads, range) and group == 1:
+            return query[:, heads.start : heads.stop] @ key[:, heads.start : heads.stop].to(dtype).mT
         chosen = torch.as_tensor(heads, device=query.device)
         return query[:, chosen] @ key[:, chosen // group].to(dtype).mT
 
@@ -174,5 +191,8 @@ def part(tensor: Tensor, rows: slice, heads: Heads) -> Tensor:
 
 def softmax(logits: Tensor) -> Tensor:
     """Softmax over keys; a row that may attend nothing gets zeros."""
-    empty = torch.isneginf(logits).all(-1, keepdim=True)
+    empty = torch.isneginf(logits.amax(-1, keepdim=True))
+    if not torch.is_grad_enabled():
+        return logits.softmax(-1).masked_fill_(empty, 0.0)
+    # Without the first fill, the gradient of an empty row is NaN.
     return logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)

@@ -148,27 +148,32 @@ def _run(
     host_weights: list[Tensor | None] = [None]
 
     def attend(bias: Tensor | None) -> Tensor:
-        biased = mask if bias is None else _additive(mask, bias, query, key, causal)
+        if bias is None:
+            out, host_weights[0] = function(module, query, key, value, mask, **arguments)
+            return out.transpose(1, 2)
+        biased = _additive(mask, bias, query, key, causal)
         out, host_weights[0] = function(module, query, key, value, biased, **arguments)
-        return out.transpose(1, 2)
+        # The host's eager softmax makes NaN of a row whose keys have all been masked.
+        empty = torch.isneginf(biased).all(-1, keepdim=True)
+        return out.transpose(1, 2).masked_fill(empty, 0.0)
 
     causal = not eager and _is_causal(module, query, mask, arguments)
     scale = arguments.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     softcap, added = arguments.get("softcap"), arguments.get("position_bias")
 
-    def scores(rows: slice, heads: Heads) -> Tensor:
-        logits = product(query, key, scale, rows, heads)
+    def scores(rows: slice, heads: Heads, keys: int | None = None) -> Tensor:
+        logits = product(query, key[:, :, :keys], scale, rows, heads)
         if softcap is not None:
             logits = (logits / softcap).tanh() * softcap
         if added is not None:
-            logits = logits + part(added, rows, heads)
+            logits = logits + part(added, rows, heads)[..., :keys]
         if causal:
-            return logits.masked_fill(~_seen(query, key)[rows], -torch.inf)
+            return logits.masked_fill(~_seen(rows, logits.shape[-1], query.device), -torch.inf)
         if mask is None:
             return logits
-        shown = part(mask[..., : key.shape[2]], rows, heads)
-        return logits.masked_fill(~shown, -torch.inf) if mask.dtype == torch.bool else logits + shown
+        shown = part(mask[..., : key.shape[2]], rows, heads)[..., :keys]
+        return logits.masked_fill(~shown, -torch.inf) if mask.dtype == torch.bool else logits + _infinite(shown)
 
     sinks = arguments.get("s_aux")
 
@@ -191,6 +196,7 @@ def _run(
         attend,
         query_start,
         key_start,
+        causal=causal,
     )
     out = watch.seat.door(call).transpose(1, 2).contiguous()
     return out, host_weights[0]
@@ -210,22 +216,29 @@ def _is_causal(module: nn.Module, query: Tensor, mask: Tensor | None, arguments:
     return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
-def _seen(query: Tensor, key: Tensor) -> Tensor:
+def _seen(rows: slice, keys: int, device: torch.device) -> Tensor:
     """Aligned at the first key: with more keys than queries the rest of a static cache is still empty."""
-    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    return torch.arange(keys, device=device) <= torch.arange(rows.start, rows.stop, device=device)[:, None]
 
 
 def _additive(mask: Tensor | None, bias: Tensor, query: Tensor, key: Tensor, causal: bool) -> Tensor:
     """The host's mask with `bias`, as an additive mask (B, 1 or H, N, M)."""
     bias = bias.to(query.dtype)
     if causal:
-        mask = _seen(query, key)[None, None]
+        mask = _seen(slice(0, query.shape[2]), key.shape[2], query.device)[None, None]
     if mask is None:
         return bias.expand(*bias.shape[:2], query.shape[2], key.shape[2])
     mask = mask[..., : key.shape[2]]
-    if mask.dtype != torch.bool:
-        return mask + bias
-    return torch.where(mask, bias, -torch.inf)
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else _infinite(mask) + bias
+
+
+def _infinite(mask: Tensor) -> Tensor:
+    """An additive mask with −inf for its lowest numbers, which an edit that masks the other keys must not uncover.
+
+    Rows of nothing else stay as they are: the host spreads these evenly.
+    """
+    low = mask <= torch.finfo(mask.dtype).min / 2
+    return mask.masked_fill(low & ~low.all(-1, keepdim=True), -torch.inf)
 
 
 def _kind(name: str, module: nn.Module) -> Kind:
