@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from regard.ops.checks import require
 from regard.sites.call import AttentionCall
+from regard.sites.hosts.diffusers import Diffusers
 from regard.sites.hosts.host import Host, Seat
+from regard.sites.hosts.regard import Regard
+from regard.sites.hosts.torch_calls import TorchCalls
 from regard.sites.hosts.transformers import Transformers
 from regard.sites.site import Site, Sites, Unreached
 from regard.sites.tokens import Tokens
 
-HOSTS: tuple[Host, ...] = (Transformers(),)
+HOSTS: tuple[Host, ...] = (Transformers(), Diffusers(), Regard(), TorchCalls())
 """The ways in, most exact first: the first that knows a module takes it."""
 
 Instrument = Callable[[AttentionCall], AttentionCall]
@@ -44,13 +47,14 @@ class Attached:
     Attributes:
         sites: what is routed.
         step: the number of the model's current forward pass; −1 before the first.
+        called: the names of the sites that calls came from.
         tokens: which token is which.
     """
 
     def __init__(self, sites: Sites, instruments: tuple[Instrument, ...], tokens: Tokens | None) -> None:
         self.sites, self.tokens = sites, tokens
         self.step = -1
-        self.calls: Counter[str] = Counter()
+        self.called: set[str] = set()
         self._instruments = instruments
 
     def restart(self) -> None:
@@ -59,7 +63,7 @@ class Attached:
 
     def read(self, call: AttentionCall, site: Site) -> AttentionCall:
         """The call after the instruments."""
-        self.calls[site.name] += 1
+        self.called.add(site.name)
         call = replace(call, site=site, step=self.step, tokens=self.tokens)
         for instrument in self._instruments:
             call = instrument(call)
@@ -122,7 +126,7 @@ def attach(model: nn.Module, *instruments: Instrument, tokens: Tokens | None = N
         for host, seats in fresh.items():
             stack.enter_context(host.route(seats))
         yield door
-    silent = sorted(ran - set(door.calls))
+    silent = sorted(ran - door.called)
     if silent:
         warnings.warn(
             f"attach: no call of attention came from {', '.join(silent[:5])}{' …' if silent[5:] else ''}: "

@@ -71,13 +71,17 @@ class AttentionCall:
         return self.value.shape[0]
 
     @property
+    def heads(self) -> int:
+        return self.site.heads if self.query is None else self.query.shape[1]
+
+    @property
     def keys(self) -> int:
         return self.value.shape[2]
 
     @property
     def fused(self) -> bool:
         """Whether the host's own kernel computes the output, with at most a bias added to its logits."""
-        return not (self.logit_changes or self.weight_changes)
+        return len(self.logit_changes) + len(self.weight_changes) == 0
 
     def add(self, bias: Float[Tensor, "#batch #heads #queries keys"]) -> AttentionCall:
         """The call with `bias` added to its logits."""
@@ -167,6 +171,9 @@ def mix(weights: Float[Tensor, "batch heads rows keys"], value: Tensor) -> Float
 def product(query: Tensor, key: Tensor, scale: float, rows: slice, heads: Heads) -> Tensor:
     """``scale · q kᵀ`` for some rows and heads, at least in float32."""
     group = query.shape[1] // key.shape[1]
+    if isinstance(heads, range) and heads.step == 1 and not (heads.start % group or heads.stop % group):
+        query, key = query[:, heads.start : heads.stop], key[:, heads.start // group : heads.stop // group]
+        heads = None
     with without_autocast(query.device):
         dtype = statistics_dtype(query.dtype)
         query = query[:, :, rows].to(dtype) * scale
@@ -174,8 +181,6 @@ def product(query: Tensor, key: Tensor, scale: float, rows: slice, heads: Heads)
             batch, _, count, width = query.shape
             shared = query.reshape(batch, key.shape[1], group * count, width)
             return (shared @ key.to(dtype).mT).reshape(batch, -1, count, key.shape[2])
-        if isinstance(heads, range) and group == 1:
-            return query[:, heads.start : heads.stop] @ key[:, heads.start : heads.stop].to(dtype).mT
         chosen = torch.as_tensor(heads, device=query.device)
         return query[:, chosen] @ key[:, chosen // group].to(dtype).mT
 

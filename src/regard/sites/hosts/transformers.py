@@ -72,11 +72,18 @@ def _routed(config: Any, seats: list[Seat]) -> Iterator[None]:
     name = f"{own}_regard_{next(_names)}"
     watches = {seat.module: _Watch(seat) for seat in seats}
 
-    def routed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any):
+    def routed(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **arguments: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         function = _own_function(module, own)
         if module not in watches:
-            return function(module, query, key, value, mask, **arguments)
-        return _run(module, function, own == "eager", watches[module], query, key, value, mask, arguments)
+            return function(module, query, key, value, attention_mask, **arguments)
+        return _run(module, function, own == "eager", watches[module], query, key, value, attention_mask, arguments)
 
     AttentionInterface.register(name, routed)
     if own in masks:
@@ -98,23 +105,27 @@ class _Watch:
     seat: Seat
     query_start: int | Tensor | None = None
     key_start: int | Tensor = 0
+    passed: int = 0
 
     def watching(self) -> AbstractContextManager[Any]:
         """Ask the cache where queries and keys stand before each forward of the module."""
         module = self.seat.module
-        signature = inspect.signature(type(module).forward)
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+
+        def argument(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            place = names.index(name) if name in names else len(args)
+            return args[place] if place < len(args) else kwargs.get(name)
 
         def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = signature.bind_partial(module, *args, **kwargs).arguments
-            cache, index = given.get("past_key_values"), getattr(module, "layer_idx", None)
-            self.query_start, self.key_start = None, 0
+            cache, index = argument("past_key_values", args, kwargs), getattr(module, "layer_idx", None)
+            self.query_start, self.key_start, self.passed = None, 0, 0
             if cache is None or index is None:
                 return
             # Of an encoder–decoder, the part of the cache that knows how much was decoded.
             cache = getattr(cache, "self_attention_cache", cache)
             self.query_start = cache.get_query_offset(index)
             if self.seat.site.kind == "self":
-                length = next(value.shape[1] for value in given.values() if isinstance(value, Tensor))
+                length = argument(names[0], args, kwargs).shape[1]
                 self.key_start = cache.get_mask_sizes(length, index)[1]
 
         return _removing(module.register_forward_pre_hook(ask, with_kwargs=True))
@@ -123,7 +134,11 @@ class _Watch:
         """The sequence positions of the first query and the first key."""
         if self.query_start is not None:
             return self.query_start, self.key_start
-        return (key.shape[2] - query.shape[2] if self.seat.site.kind == "self" else 0), 0
+        if self.seat.site.kind != "self":
+            return 0, 0
+        # Packed images come one after the other, each in a call of its own.
+        start, self.passed = self.passed, self.passed + key.shape[2]
+        return start + key.shape[2] - query.shape[2], start
 
 
 @contextmanager
@@ -169,7 +184,7 @@ def _run(
         if added is not None:
             logits = logits + part(added, rows, heads)[..., :keys]
         if causal:
-            return logits.masked_fill(~_seen(rows, logits.shape[-1], query.device), -torch.inf)
+            return logits.masked_fill_(~_seen(rows, logits.shape[-1], query.device), -torch.inf)
         if mask is None:
             return logits
         shown = part(mask[..., : key.shape[2]], rows, heads)[..., :keys]
