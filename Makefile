@@ -52,9 +52,10 @@ clean: ## Remove .venv and everything else that can be built again
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml requirements-peers.txt
+$(READY): pyproject.toml requirements-peers.txt requirements-vision.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' || $(RUN) -m pip install "$(TORCH)"
 	$(RUN) -m pip install --quiet --editable ".[compare,dev,docs]"
 	$(RUN) -m pip install --quiet --no-deps --requirement requirements-peers.txt
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/vision --requirement requirements-vision.txt
 	touch $@

@@ -14,10 +14,10 @@ import pytest
 import regard
 
 SOURCE = Path(regard.__file__).parent
-FLOORS = ("ops", "catalogue", "nn", "models", "tasks", "testing", "bench", "report", "cli")
+FLOORS = ("ops", "catalogue", "nn", "models", "tasks", "sites", "inspect", "testing", "bench", "report", "cli")
 OPTIONAL = {
     *("diffusers", "jinja2", "natten", "plotly", "pydantic", "pytest", "rich", "scipy", "sklearn"),
-    *("timm", "torchvision", "transformers", "typer"),
+    *("timm", "torchvision", "transformers", "typer", "xarray"),
 }
 COMPILER = {"torch._dynamo", "torch._inductor", "triton"}
 
@@ -35,6 +35,11 @@ def modules_added_by(statement: str) -> set[str]:
 @pytest.mark.parametrize("statement", ["import regard", "import regard.nn", "import regard.testing"])
 def test_import_takes_no_optional_package(statement: str):
     assert not modules_added_by(statement) & OPTIONAL
+
+
+def test_the_door_takes_no_host():
+    hosts = {"diffusers", "timm", "torchvision", "transformers"}
+    assert not modules_added_by("import regard.sites, regard.inspect") & hosts
 
 
 def test_import_takes_no_compiler():

@@ -1,18 +1,12 @@
-"""timm as a test peer. torchvision imports on a CPU build of torch once the operators it extends are declared."""
+"""timm as a test peer."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
-_library = torch.library.Library("torchvision", "FRAGMENT")
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    if not hasattr(torch.ops.torchvision, _schema.partition("(")[0]):
-        _library.define(_schema)
+from tests.vision_peers import declare
 
+declare()
 pytest.importorskip("timm")
 
 from timm.layers import EcaModule  # noqa: E402  after the declarations above
