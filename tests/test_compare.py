@@ -112,6 +112,8 @@ def test_a_complete_run_is_not_measured_again(finished):
     assert results_in(out).timing == before
 
 
+# Of the runs that end early, that of Ctrl-C is in the quick suite: a run is ten seconds of processes that start.
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path):
     program = start(tmp_path, *QUICK, *LENGTHS)
@@ -149,6 +151,7 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(tmp_path: Path):
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_spent_budget_is_told_and_the_rest_can_follow(tmp_path: Path):
     short = complete(tmp_path, *QUICK, *LENGTHS, "--budget", "0.001")
     assert short.returncode == 0

@@ -250,6 +250,8 @@ def test_resuming_measures_nothing_twice(store: KernelStore, monkeypatch: pytest
     assert all(store.read().cases[name] == case for name, case in kept.cases.items())
 
 
+# Twenty seconds of processes that start; the quick suite interrupts `regard compare`.
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured_and_exits_130(tmp_path: Path):
     arguments = (
         "--lengths",

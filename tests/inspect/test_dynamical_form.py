@@ -251,7 +251,7 @@ def test_table_and_figure():
 def test_figure_without_plotly_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     form = linear_form(*heads((1, 1, 3, 2), (1, 1, 3, 2), (1, 1, 3, 2)))
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    with pytest.raises(ModuleNotFoundError, match="regard\[inspect\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"regard\[inspect\]"):
         form.figure()
 
 

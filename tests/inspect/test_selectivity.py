@@ -222,5 +222,5 @@ def test_unfit_arguments_are_refused(change: dict, message: str):
 def test_figure_without_plotly_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     found = selectivity(logits(0.5, 0.3, 0.2), points(4, 0, -2), top=(1,))
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    with pytest.raises(ModuleNotFoundError, match="regard\[inspect\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"regard\[inspect\]"):
         found.figure()

@@ -32,4 +32,6 @@ def never_learning(build: Callable[[], nn.Module], x: Tensor) -> set[str]:
         sizes = {name: 0.0 if grad is None else float(grad.abs().max()) for name, grad in grads.items()}
         here = {name for name, size in sizes.items() if size < 1e-10 * max(sizes.values())}
         still = here if still is None else still & here
+        if not still:
+            break
     return still or set()

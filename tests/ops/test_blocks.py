@@ -103,7 +103,7 @@ def call(mask: Mask, query: Tensor, key: Tensor, value: Tensor, **more: object) 
     return [out, lse, *torch.autograd.grad(total, [query, key, value])]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_single_queries_that_choose_equal_the_reference_in_float64(data):
     size = data.draw(sizes())
@@ -247,7 +247,8 @@ def test_heads_that_choose_tiles_equal_the_reference_in_float64(data):
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("length", [1024, 1000])
+# 1000 has all that 1024 has, and a short last block.
+@pytest.mark.parametrize("length", [pytest.param(1024, marks=pytest.mark.slow), 1000])
 def test_many_heads_that_choose_tiles_are_cut_into_pieces_that_change_nothing(length):
     """More rows and keys than are walked at once, a last block that is short, and shared key heads."""
     query = torch.randn(2, 12, length, 8, dtype=torch.float64, requires_grad=True)

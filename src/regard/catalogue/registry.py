@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import entry_points
 from typing import TypeVar, get_args
 
@@ -47,7 +47,7 @@ class Card:
         """Its `kind` with what follows from the contract."""
         return self.kind.under(self.contract)
 
-    @property
+    @cached_property
     def arguments(self) -> tuple[str, ...]:
         """Names of the constructor's arguments."""
         return tuple(inspect.signature(self.cls).parameters)

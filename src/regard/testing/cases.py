@@ -137,7 +137,7 @@ class Case:
         """
         arguments = {"dtype": self.dtype, **self.arguments, **(changes or {})}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            seed_cpu(seed)
             module = self.card.build(pattern=self.pattern, **arguments)
             with torch.no_grad():
                 for parameter in module.parameters():
@@ -207,6 +207,11 @@ class Case:
         known = {**defaults, **self.arguments}
         found = {name: value for name, value in known.items() if type(value) is int}
         return {**found, "d": self.dim, "h": found.get("heads", 1)}
+
+
+def seed_cpu(seed: int) -> None:
+    """`torch.manual_seed` for the CPU alone, where all checks run: for absent devices it keeps a stack trace each."""
+    torch.default_generator.manual_seed(seed)
 
 
 def cases(mechanism: str | Card | type[nn.Module]) -> list[Case]:

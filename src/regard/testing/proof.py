@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from regard.testing.cases import Case
+from regard.testing.cases import Case, seed_cpu
 
 _SEED = 20170612
 
@@ -32,7 +32,7 @@ class Check:
 
     def __call__(self, case: Case) -> None:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(_SEED)
+            seed_cpu(_SEED)
             self.function(case)
 
     def __str__(self) -> str:

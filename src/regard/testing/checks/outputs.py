@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any
 
 import torch
@@ -104,11 +105,13 @@ def lengths_may_change(case: Case) -> None:
     module = case.build()
     usual = case.lengths()
     longer = tuple(size + 3 for size in usual)
-    for lengths in (usual, longer, (*usual[:-1], usual[-1] + 1), longer, usual):
+    other = (*usual[:-1], usual[-1] + 1)
+    given = {size: case.inputs(size[0], batch=size[1]) for size in product((usual, longer, other), (3, 2))}
+    fresh = {size: case.run(case.build(), inputs) for size, inputs in given.items()}
+    for lengths in (usual, longer, other, longer, usual):
         for batch in (3, 2):
-            inputs = case.inputs(lengths, batch=batch)
-            fresh = case.run(case.build(), inputs)
-            assert_same(case.run(module, inputs), fresh, f"length {lengths}, batch {batch} after other sizes")
+            out = case.run(module, given[lengths, batch])
+            assert_same(out, fresh[lengths, batch], f"length {lengths}, batch {batch} after other sizes")
 
 
 @proves()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from regard.testing.cases import Case
+from regard.testing.cases import Case, seed_cpu
 from regard.testing.compare import assert_differs, assert_same
 from regard.testing.proof import proves
 
@@ -22,9 +22,9 @@ def eval_is_repeatable(case: Case) -> None:
     plain = case.build(case.dropouts(0.0))
     expected = case.run(plain, inputs)
     for module in (plain, case.build(case.dropouts(_DROPOUT))):
-        torch.manual_seed(1)
+        seed_cpu(1)
         first = case.run(module, inputs)
-        torch.manual_seed(2)
+        seed_cpu(2)
         assert_same(case.run(module, inputs), first, "second call in eval mode")
         assert_same(first, expected, "eval mode with dropout and without")
 
@@ -37,9 +37,9 @@ def dropout_acts_in_training(case: Case) -> None:
         module = case.build({**case.dropouts(0.0), name: _DROPOUT})
         quiet = case.run(module, inputs)
         module.train()
-        torch.manual_seed(1)
+        seed_cpu(1)
         first = case.run(module, inputs)
-        torch.manual_seed(2)
+        seed_cpu(2)
         second = case.run(module, inputs)
         assert_differs(first, quiet, f"training output with {name}={_DROPOUT} and eval output")
         assert_differs(first, second, f"training outputs with {name}={_DROPOUT} under two seeds")
@@ -52,7 +52,7 @@ def seed_determines_everything(case: Case) -> None:
     inputs, states, after = case.inputs(), [], []
     for seed in (0, 0, 1):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            seed_cpu(seed)
             module = case.card.build(
                 pattern=case.pattern, **{"dtype": case.dtype, **case.arguments, **case.dropouts(_DROPOUT)}
             )
