@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,9 +19,10 @@ from regard.ops.blocks import BlockMap, block_means, split_map
 from regard.ops.engines.chosen import ChosenLoop
 from regard.ops.engines.loops import loop_for
 from regard.ops.engines.routed import RoutedLoop
-from regard.ops.engines.visits import ALIKE
+from regard.ops.engines.visits import ALIKE, Visits
 from regard.ops.masks import Causal, Mask, Padding, Tiles, Window
 from regard.ops.masks.base import EMPTY, FULL
+from regard.ops.masks.plan import _kept
 
 SCORES = torch.tensor([[3.0, 1.0, 2.0, 0.0], [0.0, 5.0, 4.0, -torch.inf], [torch.inf, 1.0, 1.5, 9.0]])[None, None]
 
@@ -155,6 +158,44 @@ def test_work_is_in_proportion_to_what_is_visited(query_block):
     assert counted[0] >= 8 * heads * length**2 * width
     # Blocks that fewer queries visit than others in the same product are filled up.
     assert counted[0] // 8 <= counted[1] <= counted[0] // 8 / ALIKE
+
+
+def test_queries_that_visit_their_own_block_alone_equal_the_reference():
+    """All stand at the same distance from their block, and the mask is asked once for all blocks."""
+    tensors = [torch.randn(2, 3, 256, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    own = torch.arange(256)[:, None] // 64 == torch.arange(4)
+    for other in (Causal(), Window(5), Causal() & Padding(torch.tensor([256, 100]))):
+        mask = BlockMap(own[None, None], 1, 64) & other
+        for ours, wanted in zip(*(call(mask, *tensors, backend=name) for name in ("tiled", "reference")), strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("query_block", "owner"), [(1, Visits), (128, ChosenLoop)])
+def test_who_visits_whom_is_found_once_for_each_of_several_layers_and_let_go_with_them(query_block, owner, monkeypatch):
+    found, make = [], owner._made
+    monkeypatch.setattr(owner, "_made", lambda self: found.append(1) or make(self))
+    x = torch.randn(1, 2, 256, 8, requires_grad=True)
+    layers = [BlockMap(torch.rand(1, 2, 256 // query_block, 2) < 0.7, query_block, 128) for _ in range(3)]
+    y = x
+    for layer in layers:
+        y = attention(y, y, y, mask=layer & Causal(), backend="tiled")
+    y.sum().backward()
+    assert len(found) == 3
+    own = {name for name in _kept if {id(layer.visits) for layer in layers} & set(name)}
+    assert own
+    del y, layer, layers
+    gc.collect()
+    assert not own & set(_kept)
+
+
+def test_a_map_that_changes_is_planned_anew():
+    x = torch.randn(1, 2, 256, 8)
+    for query_block in (1, 128):
+        mask = BlockMap(torch.ones(1, 2, 256 // query_block, 2, dtype=torch.bool), query_block, 128)
+        attention(x, x, x, mask=mask, backend="tiled")
+        mask.visits[..., 1] = False
+        ours, wanted = (attention(x, x, x, mask=mask, backend=name) for name in ("tiled", "reference"))
+        torch.testing.assert_close(ours, wanted)
 
 
 def test_each_map_has_its_loop():

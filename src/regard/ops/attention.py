@@ -7,6 +7,7 @@ from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from regard.ops.biases import Bias
 from regard.ops.checks import one_of, require
@@ -48,6 +49,10 @@ def attention(
 
     Raises ValueError for shapes, dtypes, masks or biases that do not fit and for an engine that refuses the call.
     """
+    if has_torch_function((query, key, value)):
+        options = {"mask": mask, "bias": bias, "normalizer": normalizer, "scale": scale, "dropout": dropout}
+        given = (query, key, value)
+        return handle_torch_function(attention, given, *given, **options, backend=backend)
     call = _call(query, key, value, mask, bias, normalizer, scale, dropout, needs_lse=False)
     return ENGINES[_engine(call, backend)].run(call)[0]
 
@@ -69,6 +74,10 @@ def attention_with_lse(
     Two results over disjoint keys combine with the weights ``softmax([lse_1, lse_2])``. Gradients flow through both
     outputs. Raises ValueError for a normalizer other than softmax, which has no log-sum-exp.
     """
+    if has_torch_function((query, key, value)):
+        options = {"mask": mask, "bias": bias, "normalizer": normalizer, "scale": scale, "dropout": dropout}
+        given = (query, key, value)
+        return handle_torch_function(attention_with_lse, given, *given, **options, backend=backend)
     call = _call(query, key, value, mask, bias, normalizer, scale, dropout, needs_lse=True)
     require(
         call.is_softmax,

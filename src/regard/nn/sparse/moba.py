@@ -221,10 +221,11 @@ class MixtureOfBlockAttention(Attention):
     ) -> BlockMap:
         """The blocks that queries visit which stand at the end of `keys` keys; the last block may have no mean."""
         scores, size = self._gate(query, means), self.block_size
-        scores = F.pad(scores, (0, -(-keys // size) - scores.shape[3]))
+        missing = -(-keys // size) - scores.shape[3]
+        scores = F.pad(scores, (0, missing)) if missing else scores
         own = torch.arange(keys - query.shape[2], keys, device=query.device)[:, None] // size
         block = torch.arange(scores.shape[3], device=query.device)
-        scores = scores.masked_fill(block > own, -torch.inf).masked_fill(block == own, torch.inf)
+        scores.masked_fill_(block > own, -torch.inf).masked_fill_(block == own, torch.inf)
         return BlockMap.top_k(scores, self.top_k, query_block=1, key_block=size, offset=keys - query.shape[2])
 
     @torch.no_grad()

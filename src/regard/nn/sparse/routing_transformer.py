@@ -395,7 +395,15 @@ def _on_sphere(tokens: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape w
 
 
 def _taken(tokens: Tensor, index: Int[Tensor, "batch heads chosen"]) -> Float[Tensor, "batch heads chosen width"]:
-    return tokens.gather(2, index[..., None].expand(-1, -1, -1, tokens.shape[3]))
+    # Whole rows at once: many times faster than gather and its gradient.
+    taken = tokens.reshape(-1, tokens.shape[3]).index_select(0, _rows(index, tokens.shape[2]))
+    return taken.view(*index.shape, tokens.shape[3])
+
+
+def _rows(index: Int[Tensor, "batch heads chosen"], length: int) -> Int[Tensor, " all_chosen"]:
+    """Indices into a sequence as indices into those of all samples and heads, one after the other."""
+    row = torch.arange(index.shape[0] * index.shape[1], device=index.device).view(*index.shape[:2], 1)
+    return (row * length + index).flatten()
 
 
 def _gathered(
@@ -409,10 +417,13 @@ def _mean(
     rows: Float[Tensor, "batch heads groups size width"], groups: Groups, length: int
 ) -> Float[Tensor, "batch heads length width"]:
     """The mean of what a query gets in its groups, 0 where it is in none."""
-    index = groups.query.flatten(2)
-    taken = torch.ones_like(rows[..., :1]) if groups.full is None else groups.full[..., None].to(rows.dtype)
-    taken = taken.expand(*rows.shape[:4], 1)
-    places = index[..., None].expand(-1, -1, -1, rows.shape[4])
-    total = rows.new_zeros(*index.shape[:2], length, rows.shape[4]).scatter_add(2, places, (rows * taken).flatten(2, 3))
-    counts = rows.new_zeros(*index.shape[:2], length, 1).scatter_add(2, index[..., None], taken.flatten(2, 3))
-    return total / counts.clamp(min=1)
+    batch, heads, _, _, width = rows.shape
+    taken = rows.new_ones(1, 1, 1, 1, 1)
+    if groups.full is not None:
+        taken = groups.full[..., None].to(rows.dtype)
+        rows = rows * taken
+    places = _rows(groups.query.flatten(2), length)
+    total = rows.new_zeros(batch * heads * length, width).index_add(0, places, rows.flatten(0, 3))
+    counts = rows.new_zeros(batch * heads * length, 1)
+    counts = counts.index_add(0, places, taken.expand(*rows.shape[:4], 1).flatten(0, 3))
+    return (total / counts.clamp(min=1)).view(batch, heads, length, width)

@@ -24,6 +24,7 @@ from regard.ops.engines.tile_loop import NARROW_TILE, WIDE_TILE, Step
 from regard.ops.indices import Span
 from regard.ops.masks import Mask, Tiles, plan
 from regard.ops.masks.base import FULL, PARTIAL
+from regard.ops.masks.plan import kept
 
 LONGEST_SPAN = 2048
 """Most keys of a row walked at once; fewer rows are then."""
@@ -75,8 +76,12 @@ class ChosenLoop(SoftmaxLoop):
         query, *others = grads
         return super().results([query, *(grad[:, : self.keys] for grad in others)], bias_grads, dtype)
 
-    def steps(self) -> Iterator[Any]:
-        """Tiles of queries, and rows that visit equally many tiles of keys."""
+    def steps(self) -> Iterator[Step]:
+        """Tiles of queries, and rows that visit equally many tiles of keys; kept for backward."""
+        assert self.mask is not None
+        yield from kept(self.mask, ("steps", self._tiles, self.shared, self.device), lambda: list(self._made()))
+
+    def _made(self) -> Iterator[Step]:
         states = plan(self.mask, self._tiles).states.numpy()
         states = np.broadcast_to(states, (self.batch, self.heads, *states.shape[2:])).reshape(-1, *states.shape[2:])
         if self.keys % self.tile:
@@ -99,7 +104,7 @@ class ChosenLoop(SoftmaxLoop):
 
     def _pieces(
         self, rows: np.ndarray, queries: Span, tiles: np.ndarray, first: np.ndarray, asking: int
-    ) -> Iterator[Any]:
+    ) -> Iterator[Step]:
         """As many rows and tiles at once as keep their scores in cache, in even pieces."""
         many = min(tiles.shape[1], LONGEST_SPAN // self.tile)
         pieces = -(-len(rows) // max(1, MOST_KEYS // (many * self.tile)))
@@ -131,13 +136,13 @@ class ChosenLoop(SoftmaxLoop):
     def scores(self, query: Tensor, key: Tensor, step: Step, keys: Any) -> Tensor:
         scores = self.product("scores", query, key)
         if self.bias is not None:
-            self.per_head(scores, step).add_(self._bias_tile(self.bias, step, keys))
+            self.per_head(scores, step).add_(self._bias_tile(self.bias, step, keys), alpha=self.unit)
         if keys.partial:
-            scores[..., -keys.looked_at :].masked_fill_(~self._allowed(step, keys), -torch.inf)
+            scores[..., -keys.looked_at :].add_(self._hiding(step, keys))
         return scores
 
-    def _allowed(self, step: Step, keys: Any) -> Tensor:
-        """What the mask allows in the partial tiles: (rows or 1, queries, keys)."""
+    def _hiding(self, step: Step, keys: Any) -> Tensor:
+        """0 where the mask allows in the partial tiles, −∞ elsewhere: (rows or 1, queries, keys)."""
         name = None
         if keys.place is not None and keys.place != self.keys // self.tile and self.within.shift_invariant:
             name = keys.place * self.tile - self._positions(step)[0], step.height
@@ -145,9 +150,10 @@ class ChosenLoop(SoftmaxLoop):
             sample, head, query, key = self._grid(step, keys.tiles[:, -keys.partial :])
             allowed = self.within.allows(sample, head, query, key.clamp(max=self.keys - 1)) & (key < self.keys)
             allowed = allowed.expand(torch.broadcast_shapes(allowed.shape, (1, 1, step.height, key.shape[-1])))[:, 0]
+            hiding = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
             if name is None:
-                return allowed
-            self._seen[name] = allowed[:1]
+                return hiding
+            self._seen[name] = hiding[:1]
         return self._seen[name]
 
     @cached_property

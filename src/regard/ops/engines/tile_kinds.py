@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import log
+
 import torch
 from torch import Tensor
 
@@ -9,48 +11,51 @@ from regard.ops.engines.tile_loop import BackwardTiles, Step, TileLoop
 from regard.ops.masks.plan import KeyRange
 from regard.ops.normalizers import Pointwise, SoftplusL1
 
+LOG2E = 1 / log(2)
+"""What makes of a natural logarithm one to base 2."""
+
 
 class SoftmaxLoop(TileLoop):
     """Each range of keys is softmaxed alone and merged by its log-sum-exp.
 
-    torch's fused softmax is faster than its `exp`, and gives the log-sum-exp by two maxima: at the largest score s the
-    weight is ``exp(s − lse)``.
+    Scores are logarithms to base 2: torch's `exp2` is several times faster than its `exp` and its fused softmax.
     """
 
     empty_lse = -torch.inf
+    unit = LOG2E
 
     def mix(self, step: Step) -> tuple[Tensor, Tensor]:
         query = self.scaled_query(step)
         running: tuple[Tensor, Tensor] | None = None
         for keys in step.ranges:
             scores = self.scores(query, self.keys_of(self.key, step, keys), step, keys)
-            highest = scores.amax(-1, keepdim=True)
-            empty = highest == -torch.inf
-            weights = self.softmax(scores, empty, keys)
-            lse = (highest - weights.amax(-1, keepdim=True).log_()).masked_fill_(empty, -torch.inf)
+            weights, total, lse = exponentials(scores)
             kept = self.kept(step, keys)
             if kept is not None:
                 weights.mul_(kept)
-            mixed = torch.bmm(weights, self.keys_of(self.value, step, keys))
+            mixed = torch.bmm(weights, self.keys_of(self.value, step, keys)).div_(total)
             running = (mixed, lse) if running is None else merge(*running, mixed, lse)
         assert running is not None
-        return running
-
-    def softmax(self, scores: Tensor, empty: Tensor, keys: KeyRange) -> Tensor:
-        """Softmax over one range of keys, 0 in `empty` rows (none are where part of the range is not masked)."""
-        weights = torch.softmax(scores, -1, out=self.scratch("weights", *scores.shape))
-        may_be_empty = keys.looked_at == keys.width or self.bias is not None
-        return weights.masked_fill_(empty, 0.0) if may_be_empty else weights
+        return running[0], running[1] / LOG2E
 
     def backward_over(self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> BackwardTiles:
         return _SoftmaxBackward(self, out, lse, grad_out, grad_lse)
 
 
+def exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Powers of 2, in place of scores, over the highest of a row; their sum to divide by, and its logarithm in full."""
+    highest = finite(scores.amax(-1, keepdim=True))
+    powers = scores.sub_(highest).exp2_()
+    total = powers.sum(-1, keepdim=True)
+    # The highest adds 1: only an empty row has less.
+    return powers, total.clamp(min=1.0), total.log2().add_(highest)
+
+
 def merge(mixed: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two sets of keys."""
-    total = torch.logaddexp(lse, more_lse)
+    """Attention over the union of two sets of keys, from log-sum-exps to base 2."""
+    total = torch.logaddexp2(lse, more_lse)
     level = finite(total)
-    return mixed.mul_((lse - level).exp_()).add_(more.mul_((more_lse - level).exp_())), total
+    return mixed.mul_((lse - level).exp2_()).addcmul_(more, (more_lse - level).exp2_()), total
 
 
 class _SoftmaxBackward(BackwardTiles):
@@ -59,20 +64,17 @@ class _SoftmaxBackward(BackwardTiles):
     def __init__(self, loop: SoftmaxLoop, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> None:
         self.loop = loop
         delta = torch.linalg.vecdot(grad_out.to(loop.dtype), out.to(loop.dtype))
-        self.lse, self.delta = lse, delta.sub_(grad_lse)
+        self.level, self.delta = finite(lse * LOG2E), delta.sub_(grad_lse)
 
     def enter(self, step: Step, query: Tensor, grad: Tensor) -> None:
         place = (step.rows, slice(None), slice(*step.queries))
-        level = self.lse[place].flatten(1, 2)[..., None]
-        self.empty = level == -torch.inf
-        self.level, self.shift = finite(level), self.delta[place].flatten(1, 2)[..., None]
+        self.levels, self.shift = (each[place].flatten(1, 2)[..., None] for each in (self.level, self.delta))
         self.query, self.grad = query, grad
 
     def tile(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
         loop = self.loop
         scores = loop.scores(self.query, loop.keys_of(loop.key, step, keys), step, keys)
-        one = len(step.ranges) == 1
-        weights = loop.softmax(scores, self.empty, keys) if one else scores.sub_(self.level).exp_()
+        weights = scores.sub_(self.levels).exp2_()
         grad_scores = loop.product("grad", self.grad, loop.keys_of(loop.value, step, keys))
         kept = loop.kept(step, keys)
         if kept is None:
@@ -135,14 +137,14 @@ class SoftplusLoop(TileLoop):
         for keys in step.ranges:
             level = torch.logaddexp(level, self.logs(query, counts, step, keys)[1].logsumexp(-1, keepdim=True))
         shift = finite(level)
-        mixed, total = query.new_zeros(*query.shape[:2], self.value.shape[-1]), self.floor(level)
+        mixed, total = query.new_zeros(*query.shape[:2], self.value.shape[-1]), self.floor(level) * LOG2E
         for keys in step.ranges:
             logs, _ = self.normalizer.sharpened(self.logs(query, counts, step, keys)[1] - shift, counts)
             more = logs.logsumexp(-1, keepdim=True)
             weights, kept = (logs - finite(more)).exp_(), self.kept(step, keys)
             if kept is not None:
                 weights.mul_(kept)
-            mixed, total = merge(mixed, total, torch.bmm(weights, self.keys_of(self.value, step, keys)), more)
+            mixed, total = merge(mixed, total, torch.bmm(weights, self.keys_of(self.value, step, keys)), more * LOG2E)
         return mixed, level
 
     def logs(self, query: Tensor, counts: Tensor, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:

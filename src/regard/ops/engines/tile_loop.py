@@ -134,10 +134,13 @@ class TileLoop(ABC):
     def results(self, grads: list[Tensor], bias_grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Gradients of folded tensors in the caller's shapes and types."""
         heads = (self.heads, self.key_heads, self.key_heads)
+        grads[1].div_(self.unit)  # A sum of queries, which were multiplied by it.
         main = [g.to(dtype).view(self.batch, h, *g.shape[-2:]) for g, h in zip(grads, heads, strict=True)]
         return main + [g.to(tensor.dtype) for g, tensor in zip(bias_grads, self.bias_tensors, strict=True)]
 
     empty_lse = 0.0
+    unit = 1.0
+    """What queries are multiplied by beside the scale, and so their scores."""
 
     def steps(self) -> Iterator[Step]:
         """Rows of tiles with something to compute."""
@@ -155,7 +158,7 @@ class TileLoop(ABC):
 
     def scaled_query(self, step: Step) -> Tensor:
         """Queries of a row of tiles, scaled, as (rows, group · queries, head_dim)."""
-        return self.query[step.rows, :, slice(*step.queries)].to(self.dtype).flatten(1, 2) * self.scale
+        return self.query[step.rows, :, slice(*step.queries)].to(self.dtype).flatten(1, 2) * (self.scale * self.unit)
 
     def keys_of(self, tensor: Tensor, step: Step, keys: KeyRange) -> Tensor:
         """A range of keys (or values) as (rows, keys, width): a view, but for half types and keys that lie apart."""
@@ -184,7 +187,7 @@ class TileLoop(ABC):
         scores = self.product("scores", query, key)
         by_head = self.per_head(scores, step)
         if self.bias is not None:
-            by_head.add_(self._bias_tile(self.bias, step, keys))
+            by_head.add_(self._bias_tile(self.bias, step, keys), alpha=self.unit)
         for first, tile in self._partial(step, keys):
             by_head[..., first : first + tile.shape[-1]].add_(tile)
         return scores

@@ -14,6 +14,7 @@ from regard.ops.blocks import BlockMap
 from regard.ops.engines.tile_loop import WIDE_TILE
 from regard.ops.masks import Mask, Tiles, plan
 from regard.ops.masks.base import EMPTY, PARTIAL
+from regard.ops.masks.plan import kept
 
 MOST_SCORES = 2**19
 """Scores in flight: queries times keys of all blocks of a visit."""
@@ -80,7 +81,11 @@ class Visits:
         return self.tiles.batch * self.tiles.heads // self.group
 
     def __iter__(self) -> Iterator[Visit]:
-        """Every block that is looked at, cut so that the scores of a visit stay in cache."""
+        """Every block that is looked at, cut so that the scores of a visit stay in cache; kept for backward."""
+        mask = self.blocks if self.rest is None else self.blocks & self.rest
+        yield from kept(mask, ("visits", self.tiles, self.group, self.device), lambda: list(self._made()))
+
+    def _made(self) -> Iterator[Visit]:
         for first in range(0, self.rows, MOST_ROWS):
             yield from self._of(range(first, min(first + MOST_ROWS, self.rows)))
 

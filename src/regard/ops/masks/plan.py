@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from regard.ops.masks.base import EMPTY, FULL, PARTIAL, Mask, Tiles
 
 KEY_SPAN = 512
 """Most keys walked at once, so that their scores stay in cache."""
-_MOST_PLANS = 128
+_MOST_KEPT = 128
+
+Made = TypeVar("Made")
 
 
 class KeyRange(NamedTuple):
@@ -143,27 +145,30 @@ class Plan:
         return tile
 
 
-_plans: OrderedDict[tuple[str, Tiles], tuple[list[tuple[weakref.ref[Tensor], int]], Plan]] = OrderedDict()
-
-
 def plan(mask: Mask | None, tiles: Tiles) -> Plan:
     """The plan of `mask` for `tiles`; kept while the mask's tensors are alive and unchanged."""
     if mask is None:
         shape = (1, 1, len(tiles.query_low), tiles.key_low.shape[1])
         return Plan(tiles, torch.full(shape, FULL, dtype=torch.int8))
+    return kept(mask, ("plan", tiles), lambda: Plan(tiles, mask.tile_states(tiles).cpu()))
+
+
+_kept: OrderedDict[tuple[Hashable, ...], tuple[list[weakref.ref[Tensor]], list[int], Any]] = OrderedDict()
+
+
+def kept(mask: Mask, purpose: Hashable, make: Callable[[], Made]) -> Made:
+    """What `make` makes of `mask`, kept while the mask's tensors are alive and unchanged; it must not hold them."""
     text, tensors = mask.flatten()
-    name = (text, tiles)
-    if name in _plans:
-        marks, kept = _plans[name]
-        if all(
-            ref() is tensor and tensor._version == version
-            for (ref, version), tensor in zip(marks, tensors, strict=True)
-        ):
-            _plans.move_to_end(name)
-            return kept
-    made = Plan(tiles, mask.tile_states(tiles).cpu())
-    if not any(tensor.is_inference() for tensor in tensors):  # those carry no version to notice a change by
-        _plans[name] = ([(weakref.ref(tensor), tensor._version) for tensor in tensors], made)
-        if len(_plans) > _MOST_PLANS:
-            _plans.popitem(last=False)
-    return made
+    # By the very tensors: the layers of a model have masks alike, and each needs its own again in backward.
+    name = text, purpose, *map(id, tensors)
+    if any(tensor.is_inference() for tensor in tensors):  # those carry no version to notice a change by
+        return make()
+    versions = [tensor._version for tensor in tensors]
+    if name in _kept and _kept[name][1] == versions:
+        _kept.move_to_end(name)
+        return _kept[name][2]
+    marks = [weakref.ref(tensor, lambda _: _kept.pop(name, None)) for tensor in tensors]
+    _kept[name] = marks, versions, make()
+    if len(_kept) > _MOST_KEPT:
+        _kept.popitem(last=False)
+    return _kept[name][2]
