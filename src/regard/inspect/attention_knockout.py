@@ -32,14 +32,13 @@ from torch import Tensor, nn
 from regard.inspect.plotting import plotly
 from regard.ops.checks import one_of, require
 from regard.sites import AttentionCall, Edit, Instrument, Tokens, Where, attach, find
+from regard.sites.call import MASKED
 from regard.sites.where import Span
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _OWNER = "attention_knockout"
-_MASKED = -1e4
-"""Logits below are those of masked keys: hosts write the least number of a half type in place of −∞."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _cut(name: str, where: Where) -> Instrument:
         if edited is not call:
             targets = where.query_rows(call)
             for rows in (rows for rows in call.tiles() if bool(targets[:, rows].any())):
-                had, has = (each.logits(rows, [0])[:, 0].amax(-1) > _MASKED for each in (call, edited))
+                had, has = (each.logits(rows, [0])[:, 0].amax(-1) > MASKED for each in (call, edited))
                 emptied = bool((targets[:, rows] & had & ~has).any())
                 problem = f"edge {name!r} cut at {call.site.name} leaves a token nothing to attend"
                 require(not emptied, _OWNER, problem, "leave it one key, its own say")

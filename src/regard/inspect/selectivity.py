@@ -45,13 +45,12 @@ from regard.inspect.selection import measured, spread
 from regard.ops.checks import require
 from regard.ops.normalizers import Normalizer, ReversedSoftmax, normalizer_of
 from regard.sites import AttentionCall, attach
+from regard.sites.call import MASKED
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _OWNER = "selectivity"
-_MASKED = -1e4
-"""Logits below are those of masked keys: hosts write the least number of a half type in place of −∞."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def selectivity(
         def instrument(call: AttentionCall) -> AttentionCall:
             places = range(call.queries) if whole else spread(call.queries, rows).tolist()
             logits = torch.cat([call.logits(slice(place, place + 1)) for place in places], dim=2)
-            measure(call.site.name, logits.masked_fill(logits < _MASKED, -torch.inf), call.value)
+            measure(call.site.name, logits.masked_fill(logits < MASKED, -torch.inf), call.value)
             return call
 
         with torch.no_grad(), attach(source, instrument):

@@ -16,6 +16,9 @@ from regard.sites.tokens import Tokens
 TILE = 128
 """Rows of weights that are in memory at a time."""
 
+MASKED = -3e4
+"""Logits below are those of masked keys: hosts write the least number of their type in place of −∞."""
+
 Heads = Sequence[int] | None
 
 Change = Callable[[Tensor, slice, Heads], Tensor]

@@ -124,9 +124,12 @@ class _Watch:
             # Of an encoder–decoder, the part of the cache that knows how much was decoded.
             cache = getattr(cache, "self_attention_cache", cache)
             self.query_start = cache.get_query_offset(index)
+            length = argument(names[0], args, kwargs).shape[1]
             if self.seat.site.kind == "self":
-                length = argument(names[0], args, kwargs).shape[1]
                 self.key_start = cache.get_mask_sizes(length, index)[1]
+            else:
+                # The layer's self-attention came first and has counted these queries already.
+                self.query_start -= length
 
         return _removing(module.register_forward_pre_hook(ask, with_kwargs=True))
 
@@ -184,7 +187,9 @@ def _run(
         if added is not None:
             logits = logits + part(added, rows, heads)[..., :keys]
         if causal:
-            return logits.masked_fill_(~_seen(rows, logits.shape[-1], query.device), -torch.inf)
+            hidden = ~_seen(rows, logits.shape[-1], query.device)[:, rows.start :]
+            logits[..., rows.start :].masked_fill_(hidden, -torch.inf)
+            return logits
         if mask is None:
             return logits
         shown = part(mask[..., : key.shape[2]], rows, heads)[..., :keys]
