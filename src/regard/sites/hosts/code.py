@@ -37,13 +37,16 @@ def mentions(function: Any, owner: type | None = None) -> frozenset[object]:
             return
         seen.add(function.__code__)
         package = function.__module__.partition(".")[0]
-        for name in _names(function.__code__):
-            found.add(name)
-            for target in (function.__globals__.get(name), inspect.getattr_static(owner, name, None) if owner else None):
-                if isinstance(target, FunctionType):
-                    found.add(target)
-                    if depth and target.__module__.partition(".")[0] == package:
-                        visit(target, depth - 1)
+        names = set(_names(function.__code__))
+        found.update(names)
+        for name in names:
+            for method in _methods(owner, name)[: None if "super" in names else 1]:
+                visit(method, depth)
+            target = function.__globals__.get(name)
+            if isinstance(target, FunctionType):
+                found.add(target)
+                if depth and target.__module__.partition(".")[0] == package:
+                    visit(target, depth - 1)
 
     visit(function, 4)
     return frozenset(found)
@@ -77,6 +80,14 @@ def first(module: nn.Module, *names: str) -> int:
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return 0
+
+
+def _methods(owner: type | None, name: str) -> list[FunctionType]:
+    """What a class and those it derives from define by a name, but for torch's own modules."""
+    defined = (
+        vars(each).get(name) for each in getattr(owner, "__mro__", ()) if not each.__module__.startswith("torch.")
+    )
+    return [each for each in defined if isinstance(each, FunctionType)]
 
 
 def _names(code: CodeType) -> Iterator[str]:

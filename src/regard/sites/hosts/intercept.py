@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from regard.sites.site import Site
+
 Function = Callable[..., Any]
 
 _innermost = threading.local()
@@ -60,3 +62,8 @@ def intercepted(module: nn.Module, method: str, inside: Callable[[], Inside]) ->
             delattr(module, method)
         else:
             setattr(module, method, replaced)
+
+
+def first_query(site: Site, queries: int, keys: int) -> int:
+    """Where the first query stands: fewer queries than keys of the same sequence are its last."""
+    return keys - queries if site.kind == "self" and queries < keys else 0

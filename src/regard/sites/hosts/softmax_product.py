@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from regard.ops.precision import statistics_dtype
 from regard.sites.call import AttentionCall, Heads, part, softmax
 from regard.sites.hosts.host import Seat
-from regard.sites.hosts.intercept import Function
+from regard.sites.hosts.intercept import Function, first_query
 
 _T = torch.Tensor
 SOFTMAX = {F.softmax, torch.softmax, _T.softmax}
@@ -56,7 +55,7 @@ class Products:
             self._weights[id(out)] = replace(known, made=(*known.made, again), now=out)
             return out
         if function in PRODUCTS and len(args) == 2 and id(args[0]) in self._weights:
-            return self._mix(self._weights[id(args[0])], partial(_swapped, function), args[1])
+            return self._mix(self._weights[id(args[0])], function, args[1])
         if function is torch.einsum and len(args) == 3 and id(args[1]) in self._weights:
             return self._einsum(*args)
         return function(*args, **kwargs)
@@ -99,20 +98,22 @@ class Products:
         total = logits.shape[:-2].numel()
         if value.ndim < 3 or (site.heads and heads != site.heads) or total % heads:
             return multiply(weights, value)
-        batch, host_shape = total // heads, []
+        batch = total // heads
         laid_out = logits.reshape(batch, heads, queries, keys)
-        shared = value.reshape(-1, value.shape[-3] if value.ndim > 3 else value.shape[0] // batch or 1, *value.shape[-2:])
+        key_heads = value.shape[-3] if value.ndim > 3 else max(1, value.shape[0] // batch)
+        shared = value.reshape(-1, key_heads, *value.shape[-2:])
         shared = shared.expand(batch, *shared.shape[1:])
 
         def attend(bias: Tensor | None) -> Tensor:
-            changed = weights
-            if bias is not None:
-                changed = (laid_out + bias).to(logits.dtype).reshape(logits.shape)
-                for step in known.made:
-                    changed = step(changed)
-            out = multiply(changed, value)
-            host_shape[:] = out.shape
-            return out.reshape(batch, heads, queries, -1)
+            if bias is None:
+                return multiply(weights, value).reshape(batch, heads, queries, -1)
+            biased = (laid_out + bias).to(logits.dtype)
+            # The softmax of a row whose keys have all been masked would be NaN.
+            empty = torch.isneginf(biased).all(-1, keepdim=True)
+            changed = biased.masked_fill(empty, 0.0).reshape(logits.shape)
+            for step in known.made:
+                changed = step(changed)
+            return multiply(changed, value).reshape(batch, heads, queries, -1).masked_fill(empty, 0.0)
 
         def scores(rows: slice, chosen: Heads) -> Tensor:
             return part(laid_out, rows, chosen).to(statistics_dtype(laid_out.dtype))
@@ -120,11 +121,6 @@ class Products:
         def normalize(logits: Tensor, chosen: Heads) -> Tensor:
             return softmax(logits)
 
-        start = keys - queries if site.kind == "self" and queries < keys else 0
+        start = first_query(site, queries, keys)
         call = AttentionCall(site, None, None, shared, queries, scores, normalize, attend, start, 0)
-        out = self._seat.door(call)
-        return out.reshape(*weights.shape[:-1], value.shape[-1])
-
-
-def _swapped(function: Function, weights: Tensor, value: Tensor) -> Tensor:
-    return function(weights, value)
+        return self._seat.door(call).reshape(*weights.shape[:-1], value.shape[-1])

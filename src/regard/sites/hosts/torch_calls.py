@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from regard.sites.call import AttentionCall, Heads, part, product, softmax
 from regard.sites.hosts.code import HEADS, describe, first, mentions
 from regard.sites.hosts.host import Description, Seat
-from regard.sites.hosts.intercept import Function, Inside, intercepted
+from regard.sites.hosts.intercept import Function, Inside, first_query, intercepted
 from regard.sites.hosts.softmax_product import Products
 
 _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
@@ -38,11 +38,10 @@ class TorchCalls:
             return None
         if attends(module):
             return describe(name, module)
-        if not _LOOKS_LIKE_ATTENTION.search(type(module).__name__):
+        if not _looks(module):
             return None
-        if any(attends(each) or "ALL_ATTENTION_FUNCTIONS" in _code(each) for each in module.modules()):
-            return None
-        if next(module.children(), None) is None or attends(_parent(name, model)):
+        inner = (each for each in module.modules() if each is not module)
+        if attends(_parent(name, model)) or any(attends(each) or _looks(each) for each in inner):
             return None
         return "its forward calls neither scaled_dot_product_attention nor a softmax and a product"
 
@@ -65,8 +64,13 @@ def attends(module: nn.Module | None) -> bool:
     called = _code(module)
     if "scaled_dot_product_attention" in called:
         return True
-    looks = _LOOKS_LIKE_ATTENTION.search(type(module).__name__) or first(module, *HEADS)
-    return bool(looks) and ("softmax" in called) and not _PRODUCTS.isdisjoint(called)
+    if {"softmax", "Softmax"}.isdisjoint(called) or _PRODUCTS.isdisjoint(called):
+        return False
+    return _looks(module) or first(module, *HEADS) > 0
+
+
+def _looks(module: nn.Module) -> bool:
+    return _LOOKS_LIKE_ATTENTION.search(type(module).__name__) is not None
 
 
 def _code(module: nn.Module) -> frozenset[object]:
@@ -134,14 +138,9 @@ def scaled_dot_product(seat: Seat, function: Function, args: tuple[Any, ...], kw
     def normalize(logits: Tensor, chosen: Heads) -> Tensor:
         return softmax(logits)
 
-    start = starts(seat, queries, keys)
+    start = first_query(seat.site, queries, keys)
     call = AttentionCall(seat.site, query, key, value, queries, scores, normalize, attend, start, 0)
     return seat.door(call).reshape(shape)
-
-
-def starts(seat: Seat, queries: int, keys: int) -> int:
-    """Where the first query stands: fewer queries than keys of the same sequence are its last."""
-    return keys - queries if seat.site.kind == "self" and queries < keys else 0
 
 
 # torch shows a mode this function but not what it calls. A copy of it that finds nobody watching goes on to its body.
