@@ -199,6 +199,38 @@ def test_steps_choose_decoded_tokens(llama):
     assert seen == [1, 1, 1]
 
 
+def test_a_model_that_decodes_by_step_counts_steps():
+    torch.manual_seed(0)
+    model = FAMILIES["regard Decoder"].build().eval()
+    seen: list[int] = []
+
+    def note(one: AttentionCall) -> AttentionCall:
+        seen.append(one.step)
+        return one
+
+    with torch.no_grad(), attach(model, note) as door:
+        state = model.init_state(1)
+        for token in torch.tensor([[3, 4, 5]]).split(1, dim=1):
+            _, state = model.step(token, state)
+        assert door.step == 2
+    assert sorted(set(seen)) == [0, 1, 2]
+    assert "step" not in vars(model)
+
+
+def test_an_encoder_that_runs_before_the_model_is_at_step_0():
+    torch.manual_seed(0)
+    model = FAMILIES["T5"].build().eval()
+    steps: set[tuple[str, int]] = set()
+
+    def note(one: AttentionCall) -> AttentionCall:
+        steps.add((one.site.tower, one.step))
+        return one
+
+    with attach(model, note):
+        model.generate(**text(), max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert steps == {("encoder.block", 0), ("decoder.block", 0), ("decoder.block", 1)}
+
+
 def test_a_kind_of_token_is_chosen_by_name(call, llama):
     ids = text()["input_ids"]
     tokens = Tokens.of(llama, ids)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import wraps
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from regard.ops.checks import require
 from regard.sites.call import AttentionCall
 from regard.sites.hosts.diffusers import Diffusers
 from regard.sites.hosts.host import Host, Seat
+from regard.sites.hosts.intercept import in_place_of
 from regard.sites.hosts.regard import Regard
 from regard.sites.hosts.torch_calls import TorchCalls
 from regard.sites.hosts.transformers import Transformers
@@ -64,7 +66,8 @@ class Attached:
     def read(self, call: AttentionCall, site: Site) -> AttentionCall:
         """The call after the instruments."""
         self.called.add(site.name)
-        call = replace(call, site=site, step=self.step, tokens=self.tokens)
+        # An encoder may run before the model's own forward, for its first step.
+        call = replace(call, site=site, step=max(self.step, 0), tokens=self.tokens)
         for instrument in self._instruments:
             call = instrument(call)
         return call
@@ -107,11 +110,7 @@ def attach(model: nn.Module, *instruments: Instrument, tokens: Tokens | None = N
     door = Attached(Sites(tuple(site for site, _, _ in found), unreached), instruments, tokens)
     ran: set[str] = set()
     with ExitStack() as stack:
-
-        def forward_begins(module: nn.Module, args: object) -> None:
-            door.step += 1
-
-        stack.callback(model.register_forward_pre_hook(forward_begins).remove)
+        stack.enter_context(_counting(model, door))
         fresh: dict[Host, list[Seat]] = {}
         for site, module, host in found:
             hook = module.register_forward_hook(lambda *_, name=site.name: ran.add(name))
@@ -133,6 +132,27 @@ def attach(model: nn.Module, *instruments: Instrument, tokens: Tokens | None = N
             "what the instruments say of these sites is nothing",
             stacklevel=3,
         )
+
+
+@contextmanager
+def _counting(model: nn.Module, door: Attached) -> Iterator[None]:
+    """A step for every forward pass, and for every call of `step` of a model that decodes by one."""
+
+    def begins(*_: object) -> None:
+        door.step += 1
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(begins).remove)
+        own = getattr(model, "step", None)
+        if callable(own):
+
+            @wraps(own)
+            def step(*args: object, **kwargs: object) -> object:
+                begins()
+                return own(*args, **kwargs)
+
+            stack.enter_context(in_place_of(model, "step", step))
+        yield
 
 
 _Found = tuple[Site, nn.Module, Host]

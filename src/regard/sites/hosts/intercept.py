@@ -42,7 +42,6 @@ def intercepted(module: nn.Module, method: str, inside: Callable[[], Inside]) ->
     A compiled model runs the method as it is, uncompiled: ``fullgraph=True`` cannot be had while it is watched.
     """
     own = getattr(module, method)
-    replaced = vars(module).get(method)
 
     @wraps(own)
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -54,7 +53,15 @@ def intercepted(module: nn.Module, method: str, inside: Callable[[], Inside]) ->
         finally:
             _innermost.mode = outer
 
-    setattr(module, method, torch.compiler.disable(watched))
+    with in_place_of(module, method, torch.compiler.disable(watched)):
+        yield
+
+
+@contextmanager
+def in_place_of(module: nn.Module, method: str, function: Function) -> Iterator[None]:
+    """As long as the context lasts, the instance has another function for a method."""
+    replaced = vars(module).get(method)
+    setattr(module, method, function)
     try:
         yield
     finally:
