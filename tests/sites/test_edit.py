@@ -10,7 +10,7 @@ from families import FAMILIES, text
 from torch import Tensor
 from torch.nn.functional import relu
 
-from regard.sites import AttentionCall, Edit, Tokens, Where, attach, find
+from regard.sites import AttentionCall, Capture, Edit, Tokens, Where, attach, find
 from regard.sites.call import mix
 
 LAYER, HEADS, KEYS, FACTOR = 1, [0, 3], slice(2, 5), 0.25
@@ -121,6 +121,45 @@ def test_a_swap_of_a_run_with_itself_changes_nothing(call):
 
     for site in ("logits", "weights", "output"):
         assert torch.allclose(Edit(site=site, op="swap", run=Itself())(call).output(), call.output(), atol=1e-12)
+
+
+@pytest.mark.parametrize(("site", "what"), [("weights", "map"), ("logits", "logits"), ("output", "output")])
+def test_a_captured_run_takes_the_place_of_another(llama, site, what):
+    """With layer 0 of the other prompt, and its embedding left out, only what comes after differs."""
+    other = {
+        **text(),
+        "input_ids": text()["input_ids"].flip(0).clamp(min=3),
+        "attention_mask": text()["attention_mask"],
+    }
+    seen: list[Tensor] = []
+
+    def keep(one: AttentionCall) -> AttentionCall:
+        if one.site.layer == 0:
+            seen.append(one.weights(every(one)) if site != "output" else one.output())
+        return one
+
+    capture = Capture(what, layers=0)
+    with torch.no_grad():
+        with attach(llama, capture, keep):
+            llama(**other)
+        with attach(llama, Edit(Where(layers=0), site, "swap", run=capture.captured), keep):
+            llama(**text())
+        with attach(llama, keep):
+            llama(**text())
+    assert torch.allclose(seen[1], seen[0], atol=1e-6)
+    assert not torch.allclose(seen[2], seen[0], atol=1e-3)
+
+
+def test_tokens_of_a_vision_language_model_are_told_apart():
+    family = FAMILIES["LLaVA"]
+    model, inputs = family.build(), family.inputs()
+    tokens = Tokens.of(model, inputs["input_ids"])
+    spans = tokens.spans()
+    assert {kind for kind, _, _ in spans} == {"text", "image"}
+    assert all(
+        (inputs["input_ids"][0, start:stop] == model.config.image_token_id).all() == (kind == "image")
+        for kind, start, stop in spans
+    )
 
 
 def test_a_function_is_applied_where_it_is_meant(call):

@@ -126,7 +126,17 @@ class Capture:
             return call
         if self._reducers:
             self._read(call)
-        return call.change_output(lambda output: self._read_output(call, output)) if self._keeps_output else call
+        if not self._keeps_output:
+            return call
+        read: list[Tensor] = []
+
+        def once(output: Tensor) -> Tensor:
+            # An instrument behind this one may ask for the output, too.
+            if not read:
+                read.append(self._read_output(call, output))
+            return output
+
+        return call.change_output(once)
 
     def _note(self, call: AttentionCall) -> None:
         """That there was such a call, and the labels of its tokens: the first forward pass shows how many they are."""
