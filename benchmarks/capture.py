@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from tests.torchvision_stub import declare
+from tests.vision_peers import declare
 
 declare()
 

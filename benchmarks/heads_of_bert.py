@@ -6,9 +6,10 @@ sentences change, in the mean over all pairs. The loss whose gradient ranks the 
 first order |∂ similarity / ∂ξ_h| is how much it changes without head h, and it needs no labels. A squared difference
 from the whole model would not do: its gradient there is 0.
 
-Each seed draws other sentences and other random heads. The ratio of the first rows is the change with the least
-important heads removed over that with as many random ones, a mean over seeds; that of the last is the share of heads
-with a sink on [CLS] or [SEP]. Seconds are those of a batch of 32, of the smaller model and of the whole one.
+Each seed draws other sentences and other random heads, these several times, of which the mean is compared with. The
+ratio of the first rows is the change with the least important heads removed over that with as many random ones, a mean
+over seeds; that of the last is the share of heads with a sink on [CLS] or [SEP]. Seconds are those of a batch of 32, of
+the smaller model and of the whole one.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ MODULES = ("argparse", "asyncio", "calendar", "collections", "decimal", "email",
 MODULES += ("pathlib", "random", "shutil", "socket", "statistics", "string", "subprocess", "threading", "zipfile")
 SEEDS, SHARES, MEASURED, HELD_OUT, BATCH = (0, 1, 2), (0.2, 0.5), 64, 32, 32
 SINKS_AT_LEAST = 0.6
+DRAWS = 5
+"""Random choices of heads a seed."""
 
 
 def sentences() -> list[str]:
@@ -82,11 +85,11 @@ def masking_differs(
 
 
 class Trial(NamedTuple):
-    """What one seed draws: held-out sentences, the importance of the heads on others, and heads at random."""
+    """What one seed draws: held-out sentences, the importance of heads on others, and all heads in random orders."""
 
     held_out: dict[str, Tensor]
     importance: dict[str, HeadImportance]
-    random: list[tuple[str, int]]
+    random: list[list[tuple[str, int]]]
 
 
 def trial(model: nn.Module, tokenizer: Any, texts: list[str], seed: int) -> Trial:
@@ -101,27 +104,34 @@ def trial(model: nn.Module, tokenizer: Any, texts: list[str], seed: int) -> Tria
     plain = head_importance(model, batches, similarity_of_pairs, normalize=False)
     by_layer = replace(plain, scores=tuple(nn.functional.normalize(scores, dim=0) for scores in plain.scores))
     every = plain.ranking()
-    shuffled = [every[place] for place in torch.randperm(len(every), generator=random).tolist()]
+    orders = [torch.randperm(len(every), generator=random).tolist() for _ in range(DRAWS)]
+    shuffled = [[every[place] for place in order] for order in orders]
     return Trial(batch(drawn[MEASURED:]), {"as they are": plain, "by layer": by_layer}, shuffled)
+
+
+def by_site(heads: list[tuple[str, int]]) -> dict[str, list[int]]:
+    sites: dict[str, list[int]] = {}
+    for name, head in heads:
+        sites.setdefault(name, []).append(head)
+    return sites
 
 
 def pruning(model: nn.Module, trials: list[Trial], share: float, scores: str) -> Row:
     chosen, drawn, differences = [], [], []
     for each in trials:
         least = each.importance[scores].least(share)
-        others: dict[str, list[int]] = {}
-        for name, head in each.random[: sum(map(len, least.values()))]:
-            others.setdefault(name, []).append(head)
         smaller = removed(model, least)
         chosen.append(change(model, smaller, each.held_out))
-        drawn.append(change(model, removed(model, others), each.held_out))
+        count = sum(map(len, least.values()))
+        others = [removed(model, by_site(order[:count])) for order in each.random]
+        drawn.append(statistics.fmean(change(model, other, each.held_out) for other in others))
         differences.append(masking_differs(model, smaller, least, each.held_out))
     batch = trials[-1].held_out
     with torch.no_grad():
         seconds = times(lambda: embedded(smaller, batch), lambda: embedded(model, batch), repeats=3)
     return Row(
         case=f"change of similarity without the least important {share:.0%} of heads, scores {scores}",
-        peer=f"{share:.0%} at random",
+        peer=f"{share:.0%} at random, {DRAWS} draws",
         ratio=statistics.fmean(chosen) / statistics.fmean(drawn),
         target="< 1× for every seed",
         reached=all(one < other for one, other in zip(chosen, drawn, strict=True)),

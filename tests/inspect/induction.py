@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.torchvision_stub import declare
+from tests.vision_peers import declare
 
 declare()
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from tests.torchvision_stub import declare
+from tests.vision_peers import declare
 
 MODULES = (
     "argparse",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from regard.inspect.selectivity import Selection, selectivity
-from tests.torchvision_stub import declare
+from tests.vision_peers import declare
 
 POSITIVE = ("softmax", "sigmoid", "relu", "softplus_l1", "reversed")
 

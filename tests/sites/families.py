@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.torchvision_stub import declare
+from tests.vision_peers import declare
 
 declare()
 

@@ -1,3 +1,0 @@
-from tests.vision_peers import declare
-
-__all__ = ["declare"]
