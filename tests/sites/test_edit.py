@@ -283,6 +283,32 @@ def test_a_kind_of_token_is_chosen_by_name(call, llama):
     assert torch.equal(*outs)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_door_on_a_layer_and_one_on_the_model_both_see_its_calls(llama, implementation):
+    model = copy.deepcopy(llama).float()
+    model.set_attn_implementation(implementation)
+    seen: list[tuple[str, str]] = []
+
+    def note(door: str):
+        def keep(one: AttentionCall) -> AttentionCall:
+            seen.append((door, one.site.name))
+            weights = one.weights(every(one))
+            rows = (weights.sum(-1) > 0.5)[..., None]
+            assert torch.allclose(mix(weights, one.value) * rows, one.attend(None) * rows, atol=1e-5)
+            return one
+
+        return keep
+
+    inputs = {"input_ids": text()["input_ids"][:1]}
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with attach(model.model.layers[0], note("layer")), attach(model, note("model")):
+            assert torch.equal(model(**inputs).logits, plain)
+    first, second = "model.layers.0.self_attn", "model.layers.1.self_attn"
+    assert seen == [("layer", "self_attn"), ("model", first), ("model", second)]
+    assert model.config._attn_implementation == implementation
+
+
 def test_a_gate_per_head_gets_a_gradient(llama):
     gate = torch.ones(4, 1, 1, dtype=torch.float64, requires_grad=True)
     with attach(llama, Edit(Where(layers=0), "output", "scale", gate)):

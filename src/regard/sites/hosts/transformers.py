@@ -22,6 +22,8 @@ from regard.sites.hosts.host import Description, Seat
 from regard.sites.site import Kind
 
 _names = itertools.count()
+MARK = "_regard_"
+"""Stands in throw-away names between the implementation and a number."""
 
 CROSS = ("encdecattention", "encoder_attn", "crossattention", "cross_attn")
 """Parts of the names of modules that attend to another sequence."""
@@ -69,7 +71,9 @@ def _routed(config: Any, seats: list[Seat]) -> Iterator[None]:
 
     own = config._attn_implementation
     attention, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
-    name = f"{own}_regard_{next(_names)}"
+    name = f"{own}{MARK}{next(_names)}"
+    # A door on a part of the model may have put its own name there, which begins with the one it stands in for.
+    eager = own.partition(MARK)[0] == "eager"
     watches = {seat.module: _Watch(seat) for seat in seats}
 
     def routed(
@@ -83,7 +87,7 @@ def _routed(config: Any, seats: list[Seat]) -> Iterator[None]:
         function = _own_function(module, own)
         if module not in watches:
             return function(module, query, key, value, attention_mask, **arguments)
-        return _run(module, function, own == "eager", watches[module], query, key, value, attention_mask, arguments)
+        return _run(module, function, eager, watches[module], query, key, value, attention_mask, arguments)
 
     AttentionInterface.register(name, routed)
     if own in masks:
