@@ -153,8 +153,10 @@ def test_a_captured_run_takes_the_place_of_another(llama, site, what):
 def test_tokens_of_a_vision_language_model_are_told_apart():
     family = FAMILIES["LLaVA"]
     model, inputs = family.build(), family.inputs()
-    tokens = Tokens.of(model, inputs["input_ids"])
-    spans = tokens.spans()
+    found = find(model, inputs["input_ids"])
+    assert found.tokens is not None
+    spans = found.tokens.spans()
+    assert all(f"{kind} {start}–{stop - 1}" in str(found.table().caption) for kind, start, stop in spans)
     assert {kind for kind, _, _ in spans} == {"text", "image"}
     assert all(
         (inputs["input_ids"][0, start:stop] == model.config.image_token_id).all() == (kind == "image")

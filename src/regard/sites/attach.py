@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
+from typing import Any
 from weakref import WeakKeyDictionary
 
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from regard.ops.checks import require
@@ -33,14 +35,16 @@ Instrument = Callable[[AttentionCall], AttentionCall]
 _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
 
-def find(model: nn.Module) -> Sites:
+def find(model: nn.Module, input_ids: Int[Tensor, "batch length"] | None = None, tokenizer: Any = None) -> Sites:
     """Every attention site of a model, and every attention module that cannot be reached.
 
     A model is any `torch.nn.Module`: of transformers, diffusers or timm, one of regard's own, or one that calls torch's
-    attention. Nothing is run. See `regard.sites.hosts` for the ways in.
+    attention. Nothing is run. See `regard.sites.hosts` for the ways in. With ``input_ids`` the result has `tokens`, too:
+    which of them are text, image, video or special (`Tokens.of`).
     """
     found, unreached = _search(model)
-    return Sites(tuple(site for site, _, _ in found), unreached)
+    tokens = None if input_ids is None else Tokens.of(model, input_ids, tokenizer)
+    return Sites(tuple(site for site, _, _ in found), unreached, tokens)
 
 
 class Attached:

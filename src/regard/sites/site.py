@@ -9,6 +9,7 @@ from typing import Literal, overload
 from rich.table import Table
 
 from regard.ops.checks import require
+from regard.sites.tokens import Tokens
 
 Kind = Literal["self", "cross", "joint"]
 
@@ -51,10 +52,11 @@ class Unreached:
 
 @dataclass(frozen=True)
 class Sites(Sequence[Site]):
-    """The sites of a model in the order of its modules, and what was not reached."""
+    """The sites of a model in the order of its modules, what was not reached, and which token of an input is which."""
 
     sites: tuple[Site, ...]
     unreached: tuple[Unreached, ...] = ()
+    tokens: Tokens | None = None
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
@@ -82,7 +84,9 @@ class Sites(Sequence[Site]):
 
     def table(self) -> Table:
         """Sites and what was not reached, to print with Rich."""
-        table = Table("name", "layer", "kind", "heads", "head_dim", "causal", "reached by")
+        said = [f"{kind} {start}–{stop - 1}" for kind, start, stop in self.tokens.spans()] if self.tokens else []
+        caption = f"tokens: {', '.join(said)}" if said else None
+        table = Table("name", "layer", "kind", "heads", "head_dim", "causal", "reached by", caption=caption)
         for site in self.sites:
             heads = f"{site.heads}" if site.heads == site.key_heads else f"{site.heads} over {site.key_heads}"
             causal = "yes" if site.causal else ""
