@@ -39,7 +39,7 @@ def find(model: nn.Module, input_ids: Int[Tensor, "batch length"] | None = None,
     """Every attention site of a model, and every attention module that cannot be reached.
 
     A model is any `torch.nn.Module`: of transformers, diffusers or timm, one of regard's own, or one that calls torch's
-    attention. Nothing is run. See `regard.sites.hosts` for the ways in. With ``input_ids`` the result has `tokens`, too:
+    attention. Nothing is run. See `regard.sites.hosts` for the ways in. With ``input_ids`` the result has `tokens`:
     which of them are text, image, video or special (`Tokens.of`).
     """
     found, unreached = _search(model)
