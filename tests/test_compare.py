@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,10 @@ def start(out: Path, *arguments: str) -> Program:
     command = [sys.executable, "-c", "from regard.cli import main; main()", "compare", *arguments, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return Program(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment))
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and so would all they start.
+    heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=heeding)
+    return Program(process)
 
 
 def complete(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

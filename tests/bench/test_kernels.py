@@ -267,7 +267,9 @@ def test_ctrl_c_keeps_what_was_measured_and_exits_130(tmp_path: Path):
     )
     program = [sys.executable, "-c", "from regard.cli import main; main()", "bench", "kernels", *arguments]
     environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
-    process = subprocess.Popen(program, stdout=pipe, stderr=pipe, text=True, env=environment)
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and so would all they start.
+    heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(program, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=heeding)
     assert process.stderr is not None
     assert process.stderr.readline() == "1/40 done: full 64 forward\n"
     process.send_signal(signal.SIGINT)
