@@ -181,8 +181,8 @@ def tab(opened) -> Any:
     found = opened[0]
     if found.locator("#head").is_visible():
         found.keyboard.press("Escape")
-        # The browser tells the page a little later, which then goes back to the head's cell.
-        found.wait_for_function("document.activeElement.matches('.heads .cell')")
+        # The page is told a little later, takes the head from its address and gives the focus back.
+        found.wait_for_url(lambda url: "#" not in url)
     return found
 
 
