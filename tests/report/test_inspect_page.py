@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,21 +139,6 @@ def test_file_is_written_whole_or_not_at_all(tmp_path: Path):
 
 def test_roles_differ_by_letter():
     assert len(set(LETTERS.values())) == 9
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        if os.environ.get("CI"):
-            pytest.fail("no Chromium on this machine; .ci/run installs one")
-        pytest.skip("no Chromium on this machine")
-    sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
-    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--no-first-run", *quiet])
-        yield started
-        started.close()
 
 
 def opened_at(browser: Any, path: Path, viewport: dict[str, int]) -> tuple[Any, list[str], list[str]]:
