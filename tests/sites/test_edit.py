@@ -389,3 +389,21 @@ def test_layers_count_from_both_ends(llama):
         [site.layer for site in find(llama) if Where(layers=layers).at(site, 0)] for layers in (-1, slice(1), [0, 1])
     ]
     assert names == [[1], [0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        (),
+        (Edit(Where(heads=[0], keys=slice(2, 5)), "weights", "scale", 0.5),),
+        (Edit(Where(heads=[0], keys=slice(2, 5)), "weights", "set", 0.5),),
+        (Edit(Where(heads=[0]), "output", "scale", 0.5),),
+    ],
+    ids=["none", "bias", "rows", "output"],
+)
+def test_the_door_of_transformers_compiles_into_one_graph(llama, edits):
+    torch.compiler.reset()
+    with torch.no_grad(), attach(llama, *edits):
+        wanted = llama(**text()).logits
+        compiled = torch.compile(llama, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(**text()).logits, wanted, atol=1e-12)
