@@ -1,12 +1,14 @@
 """Attention that chooses: 1/8 and 1/16 of the scores of dense attention, choosing included, against SDPA.
 
 Heads are given on both sides and projected on neither. The ideal is as many times faster as there are fewer scores.
-Seconds are the least of five runs on either side: runs of seconds on a shared machine scatter by a quarter.
+Seconds are the least of five runs on either side, in rounds of all cases and both dense peers: runs of seconds on a
+shared machine scatter by a quarter, and drift by more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -113,12 +115,39 @@ def enough(make: Callable[[int], Choose], fewer: int) -> int:
     return next(k for k in range(1, LENGTH // BLOCK) if share(make(k)(*tensors)) >= 1 / fewer)
 
 
-def faster(case: str, attend: Attend, causal: bool, density: float, goal: float, dense: dict[bool, float]) -> Row:
-    (ours,) = least(forward_backward(attend))
-    ratio, ideal = dense[causal] / ours, 1 / density
-    peer = f"SDPA{' is_causal' if causal else ''}"
-    detail: dict[str, float | str] = {"scores of dense": density, "share of the ideal": ratio / ideal}
-    return Row(case, peer, ratio, f"≥ {goal * ideal:.2f}", ratio >= goal * ideal, ours, dense[causal], detail)
+@dataclass(frozen=True)
+class Case:
+    """What chooses, how many of the dense scores it computes, and the share of the ideal that it is to reach."""
+
+    name: str
+    attend: Attend
+    causal: bool
+    density: float
+    goal: float
+
+    def row(self, ours: float, dense: float) -> Row:
+        ratio, target = dense / ours, self.goal / self.density
+        peer = f"SDPA{' is_causal' if self.causal else ''}"
+        detail: dict[str, float | str] = {
+            "scores of dense": self.density,
+            "share of the ideal": ratio * self.density,
+        }
+        return Row(self.name, peer, ratio, f"≥ {target:.2f}", ratio >= target, ours, dense, detail)
+
+
+def cases(fewer: int) -> Iterator[Case]:
+    """All that chooses 1/fewer of the scores."""
+    for name, make, goal in (("seer, blocks of queries", seer, BLOCKS), ("moba, single queries", moba, TOKENS)):
+        top_k = enough(make, fewer)
+        density = share(make(top_k)(*[tensor.detach() for tensor in inputs(LENGTH)]))
+        yield Case(f"{name}, top_k {top_k} of {LENGTH // BLOCK}", chosen(make(top_k)), True, density, goal)
+    count = LENGTH // BLOCK // fewer
+    video = f"vmoba, single queries of a video, {count} of {LENGTH // BLOCK} on average"
+    yield Case(video, partial(vmoba, count), False, 1 / fewer, BLOCKS)
+    every = round(fewer**0.5)
+    yield Case(f"mosa, one token of {every} a head", mosa(fewer), True, 1 / every**2, BLOCKS)
+    clusters = f"routing_transformer, {fewer} clusters, later tokens hidden"
+    yield Case(clusters, routing(fewer), True, 1 / fewer, BLOCKS)
 
 
 def doubled(case: str, attend: Attend) -> Row:
@@ -129,21 +158,9 @@ def doubled(case: str, attend: Attend) -> Row:
 
 def main() -> list[Row]:
     exact = [forward_backward(partial(F.scaled_dot_product_attention, is_causal=causal)) for causal in (False, True)]
-    dense = dict(zip((False, True), least(*exact), strict=True))
-    rows = []
-    for fewer in FEWER:
-        for name, make, goal in (("seer, blocks of queries", seer, BLOCKS), ("moba, single queries", moba, TOKENS)):
-            top_k = enough(make, fewer)
-            density = share(make(top_k)(*[tensor.detach() for tensor in inputs(LENGTH)]))
-            case = f"{name}, top_k {top_k} of {LENGTH // BLOCK}"
-            rows.append(faster(case, chosen(make(top_k)), True, density, goal, dense))
-        count = LENGTH // BLOCK // fewer
-        case = f"vmoba, single queries of a video, {count} of {LENGTH // BLOCK} on average"
-        rows.append(faster(case, partial(vmoba, count), False, 1 / fewer, BLOCKS, dense))
-        case, kept = f"mosa, one token of {round(fewer**0.5)} a head", 1 / round(fewer**0.5) ** 2
-        rows.append(faster(case, mosa(fewer), True, kept, BLOCKS, dense))
-        case = f"routing_transformer, {fewer} clusters, later tokens hidden"
-        rows.append(faster(case, routing(fewer), True, 1 / fewer, BLOCKS, dense))
+    every = [case for fewer in FEWER for case in cases(fewer)]
+    full, causal, *ours = least(*exact, *(forward_backward(case.attend) for case in every))
+    rows = [case.row(seconds, causal if case.causal else full) for case, seconds in zip(every, ours, strict=True)]
     rows.append(doubled("seer, top_k 8", chosen(seer(8))))
     rows.append(doubled("moba, top_k 8", chosen(moba(8))))
     rows.append(doubled("vmoba, top_k 8", partial(vmoba, 8)))

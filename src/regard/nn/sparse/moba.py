@@ -40,6 +40,10 @@ from regard.ops.masks import Causal, Dense, Mask, Segments, segments_of
 from regard.ops.precision import statistics_dtype, without_autocast
 
 
+AT_ONCE = 2048
+"""Queries that choose together: none of them looks at means that come after them all."""
+
+
 @dataclass(frozen=True)
 class BlockState:
     """Keys and values of all tokens, and the mean key of each block that is full (a cache without values)."""
@@ -220,13 +224,26 @@ class MixtureOfBlockAttention(Attention):
         keys: int,
     ) -> BlockMap:
         """The blocks that queries visit which stand at the end of `keys` keys; the last block may have no mean."""
-        scores, size = self._gate(query, means), self.block_size
-        missing = -(-keys // size) - scores.shape[3]
-        scores = F.pad(scores, (0, missing)) if missing else scores
-        own = torch.arange(keys - query.shape[2], keys, device=query.device)[:, None] // size
-        block = torch.arange(scores.shape[3], device=query.device)
-        scores.masked_fill_(block > own, -torch.inf).masked_fill_(block == own, torch.inf)
-        return BlockMap.top_k(scores, self.top_k, query_block=1, key_block=size, offset=keys - query.shape[2])
+        size, offset = self.block_size, keys - query.shape[2]
+        given = {"query_block": 1, "key_block": size, "offset": offset}
+        parts, start = [], offset
+        for some in query.split(AT_ONCE, dim=2):
+            stop = start + some.shape[2]
+            # Blocks from `near` on are not before all these queries, and from `far` on come after them all.
+            near, far = start // size, -(-stop // size)
+            scores = self._gate(some, means[:, :, :far])
+            scores = F.pad(scores, (0, far - scores.shape[3])) if scores.shape[3] < far else scores
+            own = torch.arange(start, stop, device=query.device)[:, None] // size
+            block = torch.arange(near, far, device=query.device)
+            scores[..., near:].masked_fill_(block > own, -torch.inf).masked_fill_(block == own, torch.inf)
+            parts.append(BlockMap.top_k(scores, self.top_k, **given))
+            start = stop
+        if len(parts) == 1:
+            return parts[0]
+        # By key, as maps lie in memory.
+        blocks = -(-keys // size)
+        by_key = [F.pad(part.visits.mT, (0, 0, 0, blocks - part.visits.shape[3])) for part in parts]
+        return replace(parts[0], visits=torch.cat(by_key, dim=-1).mT)
 
     @torch.no_grad()
     def _gate(self, query: Tensor, means: Tensor) -> Float[Tensor, "batch heads queries blocks"]:

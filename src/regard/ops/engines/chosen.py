@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from regard.ops.biases import Bias
 from regard.ops.blocks import BlockMap
 from regard.ops.dropout import keep_tile
-from regard.ops.engines.tile_kinds import SoftmaxLoop
+from regard.ops.engines.tile_kinds import SoftmaxLoop, hiding
 from regard.ops.engines.tile_loop import NARROW_TILE, WIDE_TILE, Step
 from regard.ops.indices import Span
 from regard.ops.masks import Mask, Tiles, plan
@@ -133,8 +133,8 @@ class ChosenLoop(SoftmaxLoop):
         width = total.shape[-1]
         total.view(-1, self.tile * width).index_add_(0, keys.tiles.flatten(), tile.view(-1, self.tile * width))
 
-    def scores(self, query: Tensor, key: Tensor, step: Step, keys: Any) -> Tensor:
-        scores = self.product("scores", query, key)
+    def scores(self, query: Tensor, key: Tensor, step: Step, keys: Any, start: Tensor | None = None) -> Tensor:
+        scores = self.product("scores", query, key, start)
         if self.bias is not None:
             self.per_head(scores, step).add_(self._bias_tile(self.bias, step, keys), alpha=self.unit)
         if keys.partial:
@@ -150,10 +150,10 @@ class ChosenLoop(SoftmaxLoop):
             sample, head, query, key = self._grid(step, keys.tiles[:, -keys.partial :])
             allowed = self.within.allows(sample, head, query, key.clamp(max=self.keys - 1)) & (key < self.keys)
             allowed = allowed.expand(torch.broadcast_shapes(allowed.shape, (1, 1, step.height, key.shape[-1])))[:, 0]
-            hiding = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
+            hidden = hiding(allowed, self.dtype)
             if name is None:
-                return hiding
-            self._seen[name] = hiding[:1]
+                return hidden
+            self._seen[name] = hidden[:1]
         return self._seen[name]
 
     @cached_property

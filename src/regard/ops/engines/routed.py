@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from regard.ops.biases import Bias
 from regard.ops.blocks import BlockMap
 from regard.ops.dropout import keep_tile
-from regard.ops.engines.tile_kinds import LOG2E, SoftmaxLoop, exponentials, finite
+from regard.ops.engines.tile_kinds import LOG2E, SoftmaxLoop, exponentials, finite, hiding
 from regard.ops.engines.tile_loop import WIDE_TILE
 from regard.ops.engines.visits import Visit, Visits
 from regard.ops.masks import Mask, Tiles
@@ -30,11 +30,11 @@ class RoutedLoop(SoftmaxLoop):
         """Fold the tensors as this loop needs them: queries in one axis, keys in whole blocks."""
         tiles = Tiles(self.batch, self.heads, self.queries, self.keys, WIDE_TILE, blocks.key_block)
         self.visits = Visits(tiles, self.group, blocks, rest, self.device)
-        fill = (0, 0, 0, self.visits.filling)
-        self.key, self.value = (
-            F.pad(t, fill).reshape(-1, self.visits.size, t.shape[-1]) for t in (self.key, self.value)
-        )
+        if self.visits.filling:
+            self.key, self.value = (F.pad(t, (0, 0, 0, self.visits.filling)) for t in (self.key, self.value))
+        self.key, self.value = (t.reshape(-1, self.visits.size, t.shape[-1]) for t in (self.key, self.value))
         self._widths = [self.query.shape[-1], self.value.shape[-1], 1, 1]
+        self._seen: tuple[Tensor, Tensor] | None = None
 
     def forward(self) -> tuple[Tensor, Tensor]:
         # A query of zeros behind all others is the filling.
@@ -42,10 +42,8 @@ class RoutedLoop(SoftmaxLoop):
         out = query.new_zeros(len(query), self.value.shape[-1])
         lse = query.new_full((len(query), 1), self.empty_lse)
         for visit in self.visits:
-            scores = self.visit_scores(
-                visit, query.index_select(0, visit.queries).view(len(visit.blocks), -1, query.shape[-1])
-            )
-            weights, total, more = exponentials(scores)
+            chosen = query.index_select(0, visit.queries).view(len(visit.blocks), -1, query.shape[-1])
+            weights, total, more = exponentials(self.visit_scores(visit, chosen, self.block_of(self.key, visit)))
             kept = self.visit_kept(visit)
             if kept is not None:
                 weights.mul_(kept)
@@ -68,19 +66,18 @@ class RoutedLoop(SoftmaxLoop):
         bias_grads = [torch.zeros_like(tensor, dtype=self.dtype) for tensor in self.bias_tensors]
         for visit in self.visits:
             chosen = together.index_select(0, visit.queries).view(len(visit.blocks), -1, together.shape[-1])
-            query, grad, level, delta = chosen.split(self._widths, dim=-1)
-            weights = self.visit_scores(visit, query).sub_(level).exp2_()
-            grad_scores = self.product("grad", grad, self.block_of(self.value, visit))
-            kept = self.visit_kept(visit)
-            if kept is not None:
-                grad_scores.mul_(kept)
-            grad_scores.sub_(delta).mul_(weights)
-            if kept is not None:
+            query, grad, minus_lse, minus_delta = chosen.split(self._widths, dim=-1)
+            key, value, kept = self.block_of(self.key, visit), self.block_of(self.value, visit), self.visit_kept(visit)
+            weights = self.visit_scores(visit, query, key, minus_lse).exp2_()
+            if kept is None:
+                grad_scores = self.product("grad", grad, value, minus_delta).mul_(weights)
+            else:
+                grad_scores = self.product("grad", grad, value).mul_(kept).add_(minus_delta).mul_(weights)
                 weights.mul_(kept)
             grad_value.index_add_(0, visit.blocks, torch.bmm(grad.mT, weights))
             grad_key.index_add_(0, visit.blocks, torch.bmm(query.mT, grad_scores))
             more = grad_query.index_select(0, visit.queries).view(query.shape)
-            more.baddbmm_(grad_scores, self.block_of(self.key, visit))
+            more.baddbmm_(grad_scores, key)
             grad_query.index_copy_(0, visit.queries, more.flatten(0, 1))
             if train_bias:
                 self.add_bias_grads(bias_grads, grad_scores, self.visit_bias, visit)
@@ -89,43 +86,50 @@ class RoutedLoop(SoftmaxLoop):
         return self.results([grad_query[:-1].mul_(self.scale).view(self.query.shape), *of_keys], bias_grads, out.dtype)
 
     def _together(self, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-        """Scaled queries, gradients of outputs, lse and δ side by side: one gather a visit instead of four."""
+        """Scaled queries, gradients of outputs, −lse and −δ side by side: one gather a visit instead of four."""
         together = self.query.new_zeros(self.query[..., 0].numel() + 1, sum(self._widths), dtype=self.dtype)
-        query, grad, level, delta = together[:-1].split(self._widths, dim=-1)
+        query, grad, minus_lse, minus_delta = together[:-1].split(self._widths, dim=-1)
         query.copy_(self.query.flatten(0, 2)).mul_(self.scale * self.unit)
         grad.copy_(grad_out.reshape(grad.shape))
-        level.copy_(finite(lse * LOG2E).view(level.shape))
-        shift = torch.linalg.vecdot(grad_out.to(self.dtype), out.to(self.dtype)) - grad_lse
-        delta.copy_(shift.reshape(delta.shape))
+        minus_lse.copy_(-finite(lse * LOG2E).view(minus_lse.shape))
+        shift = grad_lse - torch.linalg.vecdot(grad_out.to(self.dtype), out.to(self.dtype))
+        minus_delta.copy_(shift.reshape(minus_delta.shape))
         # What the filling weighs: exp2(s − ∞).
-        together[-1, -2] = torch.inf
+        together[-1, -2] = -torch.inf
         return together
 
     def block_of(self, tensor: Tensor, visit: Visit) -> Tensor:
         """Keys (or values) of a visit's blocks: (blocks, keys of a block, width)."""
         return tensor.index_select(0, visit.blocks).to(self.dtype)
 
-    def visit_scores(self, visit: Visit, query: Tensor) -> Tensor:
-        """Scores of the visit's queries with bias, −inf where the mask forbids: (blocks, queries, keys of a block)."""
-        scores = self.product("scores", query, self.block_of(self.key, visit))
+    def visit_scores(self, visit: Visit, query: Tensor, key: Tensor, start: Tensor | None = None) -> Tensor:
+        """Scores of a visit's queries, with what each starts from: (blocks, queries, keys of a block).
+
+        With bias, and −inf where the mask forbids.
+        """
+        scores = self.product("scores", query, key, start)
         if self.bias is not None:
             scores.add_(self.visit_bias(self.bias, visit), alpha=self.unit)
         if visit.short:
             scores[visit.short, :, self.visits.size - self.visits.filling :] = -torch.inf
         if visit.asks:
-            assert self.visits.rest is not None
-            scores.masked_fill_(~self.visits.rest.allows(*self._asked(visit)), -torch.inf)
+            scores.add_(self._hiding(visit))
         return scores
 
-    def _asked(self, visit: Visit) -> tuple[Tensor, ...]:
-        """The grid that the mask is asked for: of one block, where the same queries look from the same distance."""
+    def _hiding(self, visit: Visit) -> Tensor:
+        """0 where the mask allows, −∞ elsewhere; of one block, where queries look at all from the same distance."""
         assert self.visits.rest is not None
-        grid = self._grid(visit)
+        grid, distance = self._grid(visit), None
         if self.visits.rest.shift_invariant and not visit.short:
             distance = grid[2] - grid[3][..., :1]
-            if torch.equal(distance, distance[:1].expand_as(distance)):
-                return tuple(each[:1] for each in grid)
-        return grid
+            if not torch.equal(distance, distance[:1].expand_as(distance)):
+                distance = None
+        if distance is None:
+            return hiding(self.visits.rest.allows(*grid), self.dtype)
+        if self._seen is None or not torch.equal(self._seen[0], distance[:1]):
+            allowed = self.visits.rest.allows(*(each[:1] for each in grid))
+            self._seen = distance[:1], hiding(allowed, self.dtype)
+        return self._seen[1]
 
     def visit_bias(self, bias: Bias, visit: Visit) -> Tensor:
         """The bias of every score of a visit."""

@@ -64,22 +64,20 @@ class _SoftmaxBackward(BackwardTiles):
     def __init__(self, loop: SoftmaxLoop, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> None:
         self.loop = loop
         delta = torch.linalg.vecdot(grad_out.to(loop.dtype), out.to(loop.dtype))
-        self.level, self.delta = finite(lse * LOG2E), delta.sub_(grad_lse)
+        self.minus_lse, self.minus_delta = finite(lse * LOG2E).neg_(), grad_lse - delta
 
     def enter(self, step: Step, query: Tensor, grad: Tensor) -> None:
         place = (step.rows, slice(None), slice(*step.queries))
-        self.levels, self.shift = (each[place].flatten(1, 2)[..., None] for each in (self.level, self.delta))
+        self.start, self.shift = (each[place].flatten(1, 2)[..., None] for each in (self.minus_lse, self.minus_delta))
         self.query, self.grad = query, grad
 
     def tile(self, step: Step, keys: KeyRange) -> tuple[Tensor, Tensor]:
         loop = self.loop
-        scores = loop.scores(self.query, loop.keys_of(loop.key, step, keys), step, keys)
-        weights = scores.sub_(self.levels).exp2_()
-        grad_scores = loop.product("grad", self.grad, loop.keys_of(loop.value, step, keys))
-        kept = loop.kept(step, keys)
+        weights = loop.scores(self.query, loop.keys_of(loop.key, step, keys), step, keys, self.start).exp2_()
+        value, kept = loop.keys_of(loop.value, step, keys), loop.kept(step, keys)
         if kept is None:
-            return weights, grad_scores.sub_(self.shift).mul_(weights)
-        grad_scores.mul_(kept).sub_(self.shift).mul_(weights)
+            return weights, loop.product("grad", self.grad, value, self.shift).mul_(weights)
+        grad_scores = loop.product("grad", self.grad, value).mul_(kept).add_(self.shift).mul_(weights)
         return weights.mul_(kept), grad_scores
 
 
@@ -199,6 +197,11 @@ class _SoftplusBackward(BackwardTiles):
         if kept is not None:
             grad.mul_(kept)
         return grad.sub_(self.shift).mul_((steepness - finite(self.total)).exp_()), kept
+
+
+def hiding(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where allowed, −∞ elsewhere."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
 
 def finite(level: Tensor) -> Tensor:

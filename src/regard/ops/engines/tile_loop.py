@@ -178,13 +178,14 @@ class TileLoop(ABC):
             self._scratch[name] = torch.empty(size, dtype=self.dtype, device=self.device)
         return self._scratch[name][:size].view(shape)
 
-    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """Batched ``a bᵀ`` in scratch memory."""
-        return torch.bmm(a, b.mT, out=self.scratch(name, a.shape[0], a.shape[1], b.shape[1]))
+    def product(self, name: str, a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
+        """Batched ``a bᵀ`` in scratch memory. What each row starts from is added at no cost."""
+        out = self.scratch(name, a.shape[0], a.shape[1], b.shape[1])
+        return torch.bmm(a, b.mT, out=out) if start is None else torch.baddbmm(start, a, b.mT, out=out)
 
-    def scores(self, query: Tensor, key: Tensor, step: Step, keys: KeyRange) -> Tensor:
-        """Scores with bias, −inf where the mask forbids."""
-        scores = self.product("scores", query, key)
+    def scores(self, query: Tensor, key: Tensor, step: Step, keys: KeyRange, start: Tensor | None = None) -> Tensor:
+        """Scores, with what each query starts from, with bias, −inf where the mask forbids."""
+        scores = self.product("scores", query, key, start)
         by_head = self.per_head(scores, step)
         if self.bias is not None:
             by_head.add_(self._bias_tile(self.bias, step, keys), alpha=self.unit)
