@@ -73,6 +73,17 @@ def test_long_sequences_that_no_dense_mask_holds_are_the_equations():
     assert_same(layer, x, layer(x), by_definition(layer, x))
 
 
+@pytest.mark.parametrize("keys", [23, 30])
+def test_queries_choose_the_same_however_many_at_once(keys, monkeypatch):
+    layer, query, key = moba(), torch.randn(2, 4, 23, 4), torch.randn(2, 4, keys, 4)
+    means = block_means(key, 4)[:, :, : keys // 4]
+    whole = layer.route(query, means, keys)
+    monkeypatch.setattr("regard.nn.sparse.moba.AT_ONCE", 5)
+    some = layer.route(query, means, keys)
+    assert torch.equal(some.visits, whole.visits)
+    assert some.offset is whole.offset is None or torch.equal(some.offset, whole.offset)
+
+
 @pytest.mark.parametrize("how", ["packed", "one"])
 def test_the_authors_naive_form_gives_the_same_numbers(how):
     kept = load_file(GOLDEN)

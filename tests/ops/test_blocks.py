@@ -128,6 +128,15 @@ def test_single_queries_that_choose_equal_the_reference_in_float64(data):
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
 
 
+def test_queries_that_fill_a_tile_leave_no_trace_though_a_bias_overflows_there():
+    query, key, value = (torch.randn(1, 2, 130, 8, requires_grad=True) for _ in range(3))
+    bias = RelativeBias(torch.full((2, 3), 1e4), 1)
+    mask = BlockMap(torch.ones(1, 2, 2, 2, dtype=torch.bool), 128, 128)
+    results = [call(mask, query, key, value, bias=bias, backend=name) for name in ("tiled", "reference")]
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_a_bias_learns_through_chosen_blocks():
     query, key, value = (torch.randn(2, 4, 200, 8, dtype=torch.float64) for _ in range(3))
     table = torch.randn(4, 41, dtype=torch.float64, requires_grad=True)

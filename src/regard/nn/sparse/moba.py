@@ -39,7 +39,6 @@ from regard.ops.checks import one_of, require
 from regard.ops.masks import Causal, Dense, Mask, Segments, segments_of
 from regard.ops.precision import statistics_dtype, without_autocast
 
-
 AT_ONCE = 2048
 """Queries that choose together: none of them looks at means that come after them all."""
 
@@ -225,7 +224,6 @@ class MixtureOfBlockAttention(Attention):
     ) -> BlockMap:
         """The blocks that queries visit which stand at the end of `keys` keys; the last block may have no mean."""
         size, offset = self.block_size, keys - query.shape[2]
-        given = {"query_block": 1, "key_block": size, "offset": offset}
         parts, start = [], offset
         for some in query.split(AT_ONCE, dim=2):
             stop = start + some.shape[2]
@@ -236,7 +234,7 @@ class MixtureOfBlockAttention(Attention):
             own = torch.arange(start, stop, device=query.device)[:, None] // size
             block = torch.arange(near, far, device=query.device)
             scores[..., near:].masked_fill_(block > own, -torch.inf).masked_fill_(block == own, torch.inf)
-            parts.append(BlockMap.top_k(scores, self.top_k, **given))
+            parts.append(BlockMap.top_k(scores, self.top_k, query_block=1, key_block=size, offset=offset))
             start = stop
         if len(parts) == 1:
             return parts[0]

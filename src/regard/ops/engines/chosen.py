@@ -1,7 +1,8 @@
-"""The tiled loop where every head has keys of its own: their tiles are gathered, so that all heads share one product.
+"""The tiled loop over gathered tiles of keys: tiles of queries of any head that visit equally many share one product.
 
-For maps of blocks (`regard.ops.blocks`) that fall on tiles. Rows are query heads; at each tile of queries those that
-visit equally many tiles are taken together, full tiles before those where the mask must be asked.
+For maps of blocks (`regard.ops.blocks`) that fall on tiles, where every head has keys of its own. Rows are tiles of
+queries; those that visit equally many tiles of keys are taken together, full tiles before those where the mask must be
+asked.
 """
 
 from __future__ import annotations
@@ -20,16 +21,13 @@ from regard.ops.biases import Bias
 from regard.ops.blocks import BlockMap
 from regard.ops.dropout import keep_tile
 from regard.ops.engines.tile_kinds import SoftmaxLoop, hiding
-from regard.ops.engines.tile_loop import NARROW_TILE, WIDE_TILE, Step
-from regard.ops.indices import Span
+from regard.ops.engines.tile_loop import MOST_KEYS, NARROW_TILE, WIDE_TILE, Step
 from regard.ops.masks import Mask, Tiles, plan
 from regard.ops.masks.base import FULL, PARTIAL
 from regard.ops.masks.plan import kept
 
 LONGEST_SPAN = 2048
 """Most keys of a row walked at once; fewer rows are then."""
-MOST_KEYS = 2**14
-"""Rows × keys per query in flight. More than for keys that are views: the rows then share few large products."""
 
 
 def tile_of(blocks: BlockMap) -> int | None:
@@ -46,8 +44,8 @@ class Chosen:
     size: int
     partial: int
     """How many of them, the last, must ask the mask."""
-    place: int | None
-    """Which key tile that is, if it is one and the same in all rows."""
+    distances: tuple[int, ...] | None
+    """How far each of these begins from the row's first query, if that is the same for all rows."""
 
     @property
     def width(self) -> int:
@@ -65,61 +63,72 @@ class ChosenLoop(SoftmaxLoop):
     tile: int
 
     def gather_by(self, tile: int) -> None:
-        """Fold the tensors as this loop needs them: every query head a row, keys in whole tiles."""
+        """Fold the tensors as this loop needs them: every tile of queries a row, keys in whole tiles."""
         self.tile, self.shared, self.group = tile, self.group, 1
-        self._seen: dict[tuple[int, int], Tensor] = {}
-        self.query = self.query.reshape(self.batch * self.heads, 1, *self.query.shape[2:])
+        self._seen: dict[tuple[int, ...], Tensor] = {}
+        self.query = self.folded(self.query.reshape(self.batch, self.heads, self.queries, -1))
         fill = (0, 0, 0, -self.keys % tile)
         self.key, self.value = (F.pad(t, fill) if fill[3] else t.contiguous() for t in (self.key, self.value))
 
+    def folded(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
+        filling = -self.queries % self.tile
+        if filling:
+            sides = (0, 0) * (tensor.ndim - 3)
+            tensor = F.pad(tensor, (*sides, 0, filling), value=fill)
+        return tensor.reshape(-1, 1, self.tile, *tensor.shape[3:])
+
+    def unfolded(self, tensor: Tensor) -> Tensor:
+        rows = tensor.view(self.batch, self.heads, -1, *tensor.shape[3:])
+        return rows[:, :, : self.queries].contiguous()
+
     def results(self, grads: list[Tensor], bias_grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         query, *others = grads
-        return super().results([query, *(grad[:, : self.keys] for grad in others)], bias_grads, dtype)
+        return super().results([self.unfolded(query), *(grad[:, : self.keys] for grad in others)], bias_grads, dtype)
 
     def steps(self) -> Iterator[Step]:
-        """Tiles of queries, and rows that visit equally many tiles of keys; kept for backward."""
+        """Rows that visit equally many tiles of keys; kept for backward."""
         assert self.mask is not None
         yield from kept(self.mask, ("steps", self._tiles, self.shared, self.device), lambda: list(self._made()))
 
     def _made(self) -> Iterator[Step]:
         states = plan(self.mask, self._tiles).states.numpy()
-        states = np.broadcast_to(states, (self.batch, self.heads, *states.shape[2:])).reshape(-1, *states.shape[2:])
+        states = np.broadcast_to(states, (self.batch, self.heads, *states.shape[2:])).reshape(-1, states.shape[3])
+        tiles = states.shape[1]
         if self.keys % self.tile:
             states = states.copy()
-            states[..., -1] = np.minimum(states[..., -1], PARTIAL)
-        tiles = states.shape[-1]
+            states[:, -1] = np.minimum(states[:, -1], PARTIAL)
         order = np.argsort(-states, axis=-1, kind="stable")
-        partial = (states == PARTIAL).sum(-1)
-        kinds = (states == FULL).sum(-1) * (tiles + 1) + partial
-        first = (np.arange(len(states)) // self.shared * tiles)[:, None]
-        for index in range(states.shape[1]):
-            of_row = kinds[:, index]
-            for kind in [of_row[0]] if (of_row == of_row[0]).all() else np.unique(of_row):
-                rows = np.flatnonzero(of_row == kind)
-                asking = int(partial[rows[0], index])
-                count = int(kind) // (tiles + 1) + asking
-                if count:
-                    queries = index * self.tile, min((index + 1) * self.tile, self.queries)
-                    yield from self._pieces(rows, queries, order[rows, index, :count], first[rows], asking)
+        full, partial = ((states == state).sum(-1) for state in (FULL, PARTIAL))
+        kinds = full * (tiles + 1) + partial
+        for kind in np.unique(kinds[kinds > 0]):
+            rows = np.flatnonzero(kinds == kind)
+            asking = int(partial[rows[0]])
+            yield from self._pieces(rows, order[rows, : int(full[rows[0]]) + asking], tiles, asking)
 
-    def _pieces(
-        self, rows: np.ndarray, queries: Span, tiles: np.ndarray, first: np.ndarray, asking: int
-    ) -> Iterator[Step]:
+    def _pieces(self, rows: np.ndarray, chosen: np.ndarray, tiles: int, asking: int) -> Iterator[Step]:
         """As many rows and tiles at once as keep their scores in cache, in even pieces."""
-        many = min(tiles.shape[1], LONGEST_SPAN // self.tile)
+        visited, many = chosen.shape[1], min(chosen.shape[1], LONGEST_SPAN // self.tile)
+        per_head = -(-self.queries // self.tile)
+        first = rows // (per_head * self.shared) * tiles
+        at = rows % per_head * self.tile + self._tiles.offset
         pieces = -(-len(rows) // max(1, MOST_KEYS // (many * self.tile)))
         for piece in np.array_split(np.arange(len(rows)), pieces):
             ranges = []
-            for start in range(0, tiles.shape[1], many):
-                chosen = tiles[piece, start : start + many]
-                ask = min(chosen.shape[1], max(0, asking - (tiles.shape[1] - start - chosen.shape[1])))
-                last = chosen[:, -1]
-                place = int(last[0]) if ask == 1 and (last == last[0]).all() else None
-                index = torch.from_numpy(chosen + first[piece]).to(self.device)
-                ranges.append(Chosen(index, self.tile, ask, place))
-            whole = len(piece) == self.query.shape[0]
-            which = slice(None) if whole else torch.from_numpy(rows[piece]).to(self.device)
-            yield Step((0, 0), (0, 0), which, queries, ranges)  # pyright: ignore[reportArgumentType]
+            for start in range(0, visited, many):
+                some = chosen[piece, start : start + many]
+                ask = min(some.shape[1], max(0, asking - (visited - start - some.shape[1])))
+                asked = some[:, some.shape[1] - ask :]
+                distances = asked * self.tile - at[piece, None]
+                alike = (distances == distances[0]).all() and not (asked == self.keys // self.tile).any()
+                index = torch.from_numpy(some + first[piece, None]).to(self.device)
+                ranges.append(Chosen(index, self.tile, ask, tuple(distances[0].tolist()) if alike else None))
+            yield Step((0, 0), (0, 0), self._places(rows[piece]), (0, self.tile), ranges)
+
+    def _places(self, rows: np.ndarray) -> Any:
+        """Rows as a slice where they are neighbours."""
+        if rows[-1] - rows[0] == len(rows) - 1:
+            return slice(int(rows[0]), int(rows[-1]) + 1)
+        return torch.from_numpy(rows).to(self.device)
 
     @cached_property
     def _tiles(self) -> Tiles:
@@ -143,18 +152,16 @@ class ChosenLoop(SoftmaxLoop):
 
     def _hiding(self, step: Step, keys: Any) -> Tensor:
         """0 where the mask allows in the partial tiles, −∞ elsewhere: (rows or 1, queries, keys)."""
-        name = None
-        if keys.place is not None and keys.place != self.keys // self.tile and self.within.shift_invariant:
-            name = keys.place * self.tile - self._positions(step)[0], step.height
-        if name is None or name not in self._seen:
+        if keys.distances is None or not self.within.shift_invariant:
             sample, head, query, key = self._grid(step, keys.tiles[:, -keys.partial :])
             allowed = self.within.allows(sample, head, query, key.clamp(max=self.keys - 1)) & (key < self.keys)
-            allowed = allowed.expand(torch.broadcast_shapes(allowed.shape, (1, 1, step.height, key.shape[-1])))[:, 0]
-            hidden = hiding(allowed, self.dtype)
-            if name is None:
-                return hidden
-            self._seen[name] = hidden[:1]
-        return self._seen[name]
+            return hiding(allowed.expand(-1, -1, self.tile, keys.looked_at)[:, 0], self.dtype)
+        if keys.distances not in self._seen:
+            zero, within = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=self.device), self._within_tile
+            key = (torch.tensor(keys.distances, device=self.device)[:, None] + within).flatten()
+            allowed = self.within.allows(zero, zero, within[:, None], key)
+            self._seen[keys.distances] = hiding(allowed.expand(1, 1, self.tile, keys.looked_at)[:, 0], self.dtype)
+        return self._seen[keys.distances]
 
     @cached_property
     def within(self) -> Mask:
@@ -173,12 +180,20 @@ class ChosenLoop(SoftmaxLoop):
     def _bias_tile(self, bias: Bias, step: Step, keys: Any) -> Tensor:
         sample, head, query, key = self._grid(step, keys.tiles)
         bias_tile = bias.score(sample, head, query, key.clamp(max=self.keys - 1))
-        return bias_tile.expand(torch.broadcast_shapes(bias_tile.shape, (1, 1, step.height, keys.width)))
+        return bias_tile.expand(torch.broadcast_shapes(bias_tile.shape, (1, 1, self.tile, keys.width)))
+
+    @cached_property
+    def _within_tile(self) -> Tensor:
+        return torch.arange(self.tile, device=self.device)
 
     def _grid(self, step: Step, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sample, head, position and key of every score, as they broadcast to (rows, 1, queries, keys)."""
+        """Sample, head, position and key of every score, as they broadcast to (rows, 1, queries, keys).
+
+        Queries that fill the last tile are given the place of the last one.
+        """
         rows = torch.arange(self.query.shape[0], device=self.device)[step.rows].view(-1, 1, 1, 1)
-        per_head = self.key.shape[1] // self.tile
-        keys = (tiles % per_head * self.tile).unsqueeze(-1) + torch.arange(self.tile, device=self.device)
-        queries = torch.arange(*self._positions(step), device=self.device).unsqueeze(-1)
-        return rows // self.heads, rows % self.heads, queries, keys.flatten(1)[:, None, None]
+        queries, heads = -(-self.queries // self.tile), self.key.shape[1] // self.tile
+        head, row = rows // queries, rows % queries
+        query = row * self.tile + self._tiles.offset + self._within_tile[:, None]
+        key = (tiles % heads * self.tile).unsqueeze(-1) + self._within_tile
+        return head // self.heads, head % self.heads, query.clamp(max=self.keys - 1), key.flatten(1)[:, None, None]

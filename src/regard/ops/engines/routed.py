@@ -76,9 +76,7 @@ class RoutedLoop(SoftmaxLoop):
                 weights.mul_(kept)
             grad_value.index_add_(0, visit.blocks, torch.bmm(grad.mT, weights))
             grad_key.index_add_(0, visit.blocks, torch.bmm(query.mT, grad_scores))
-            more = grad_query.index_select(0, visit.queries).view(query.shape)
-            more.baddbmm_(grad_scores, key)
-            grad_query.index_copy_(0, visit.queries, more.flatten(0, 1))
+            grad_query.index_add_(0, visit.queries, torch.bmm(grad_scores, key).flatten(0, 1))
             if train_bias:
                 self.add_bias_grads(bias_grads, grad_scores, self.visit_bias, visit)
         rows = (grad.mT.reshape(self.visits.rows, -1, grad.shape[1]) for grad in (grad_key, grad_value))

@@ -25,8 +25,8 @@ from regard.ops.precision import statistics_dtype
 
 WIDE_TILE, NARROW_TILE = 128, 64
 """Tile edges: large tiles make better products, small ones waste less at the edges of a narrow band."""
-NARROW_BAND = 640
-"""Keys a query visits on average, up to which tiles are narrow. Measured on two cores with windows of 64 to 1024."""
+NARROW_BAND = 320
+"""Keys of wide tiles a query visits, up to which tiles are narrow. Measured on two cores, with windows of 16 to 512."""
 MOST_KEYS = 4096
 """Rows × keys per query in flight: scores, weights and their gradient then stay in the cache."""
 
@@ -100,17 +100,18 @@ class TileLoop(ABC):
         for step in self.steps():
             place = (step.rows, slice(None), slice(*step.queries))
             mixed, total = self.mix(step)
-            out[place] = mixed.view(out[place].shape).to(out.dtype)
+            shape = (self.group, step.height)
+            out[place] = mixed.unflatten(1, shape).to(out.dtype)
             if total is not None:
-                lse[place] = total.view(lse[place].shape)
-        shape = (self.batch, self.heads, self.queries)
-        return out.view(*shape, -1), lse.view(shape)
+                lse[place] = total.view(-1, *shape)
+        return self.unfolded(out), self.unfolded(lse)
 
     def backward(self, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, train_bias: bool) -> list[Tensor]:
         """Gradients of query, key, value and the tensors of the bias."""
-        shape = self.query.shape[:3]
-        grad_out = grad_out.reshape(*shape, -1)
-        tiles = self.backward_over(out.view(*shape, -1), lse.view(shape), grad_out, grad_lse.reshape(shape))
+        grad_out = self.folded(grad_out)
+        # A query that only fills a tile weighs nothing: exp(s − ∞).
+        lse = self.folded(lse, torch.inf)
+        tiles = self.backward_over(self.folded(out), lse, grad_out, self.folded(grad_lse))
         grads = [torch.zeros(t.shape, dtype=self.dtype, device=self.device) for t in (self.query, self.key, self.value)]
         grad_query, grad_key, grad_value = grads
         bias_grads = [torch.zeros_like(tensor, dtype=self.dtype) for tensor in self.bias_tensors]
@@ -128,7 +129,7 @@ class TileLoop(ABC):
                 if train_bias:
                     tile = self.per_head(grad_scores, step)
                     self.add_bias_grads(bias_grads, tile, self._bias_tile, step, keys)
-            grad_query[place] = grad_tile.mul_(self.scale).view(grad_query[place].shape)
+            grad_query[place] = grad_tile.mul_(self.scale).unflatten(1, (self.group, step.height))
         return self.results(grads, bias_grads, out.dtype)
 
     def results(self, grads: list[Tensor], bias_grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -137,6 +138,14 @@ class TileLoop(ABC):
         grads[1].div_(self.unit)  # A sum of queries, which were multiplied by it.
         main = [g.to(dtype).view(self.batch, h, *g.shape[-2:]) for g, h in zip(grads, heads, strict=True)]
         return main + [g.to(tensor.dtype) for g, tensor in zip(bias_grads, self.bias_tensors, strict=True)]
+
+    def folded(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
+        """What is (batch, heads, queries, …), as queries are folded; `fill` is for those that fill tiles, if any do."""
+        return tensor.reshape(*self.query.shape[:3], *tensor.shape[3:])
+
+    def unfolded(self, tensor: Tensor) -> Tensor:
+        """The other way, without the filling."""
+        return tensor.view(self.batch, self.heads, self.queries, *tensor.shape[3:])
 
     empty_lse = 0.0
     unit = 1.0

@@ -20,6 +20,8 @@ from regard.ops.masks.base import EMPTY, FULL, PARTIAL, Mask, Tiles
 KEY_SPAN = 512
 """Most keys walked at once, so that their scores stay in cache."""
 _MOST_KEPT = 128
+_MOST_IN_TILES = 2**18
+"""Numbers in the tiles that a plan keeps; where one serves a diagonal, it keeps all."""
 
 Made = TypeVar("Made")
 
@@ -131,16 +133,20 @@ class Plan:
         queries: Span,
         keys: Span,
     ) -> Float[Tensor, "batch_or_1 heads_or_1 queries keys"]:
-        """The mask of one tile as 0 where allowed and −inf elsewhere; reused along diagonals where it may be."""
+        """The mask of one tile as 0 where allowed and −inf elsewhere; one along diagonals where it may be.
+
+        Kept for backward and the next layer, up to a limit.
+        """
         span = (queries[0] + self.tiles.offset, queries[1] + self.tiles.offset)
         shape = (span[1] - span[0], keys[1] - keys[0])
-        name = (span[0] - keys[0], shape, like.dtype, like.device)
+        place = span[0] - keys[0] if mask.shift_invariant else (batch, heads, span[0], keys[0])
+        name = (place, shape, like.dtype, like.device)
         if name in self._tiles:
             return self._tiles[name]
         grid = index_grid(batch, heads, span, keys, like.device)
         allowed = full_tile(mask.allows(*grid), span, keys)
         tile = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, -torch.inf)
-        if mask.shift_invariant:
+        if mask.shift_invariant or sum(tile.numel() for tile in self._tiles.values()) < _MOST_IN_TILES:
             self._tiles[name] = tile
         return tile
 
