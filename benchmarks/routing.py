@@ -1,7 +1,7 @@
 """Attention that chooses: 1/8 and 1/16 of the scores of dense attention, choosing included, against SDPA.
 
 Heads are given on both sides and projected on neither. The ideal is as many times faster as there are fewer scores.
-Seconds are the least of five runs on either side, in rounds of all cases and both dense peers: runs of seconds on a
+Seconds are the least of seven runs on either side, in rounds of all cases and both dense peers: runs of seconds on a
 shared machine scatter by a quarter, and drift by more.
 """
 
@@ -34,7 +34,7 @@ BLOCKS, TOKENS = 0.6, 0.45
 """Shares of the ideal to reach: 0.6, but 0.45 where single queries choose blocks of keys."""
 DOUBLED = 2.3
 
-least = partial(times, repeats=5, of=min)
+least = partial(times, repeats=7, of=min)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Choose = Callable[[Tensor, Tensor, Tensor], BlockMap]
 

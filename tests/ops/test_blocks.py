@@ -321,3 +321,23 @@ def test_a_long_row_of_chosen_tiles_is_walked_in_ranges():
     tiled = call(mask, query, key, value, backend="tiled")
     for ours, wanted in zip(tiled, call(mask, query, key, value, backend="reference"), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("across", ["query", "key", "head"])
+def test_the_fast_way_to_the_highest_chooses_what_topk_chooses(across, monkeypatch):
+    """Where they are all different, where many are −∞ or +∞, and where ties or NaN leave the choice to `topk`."""
+    scores = torch.randn(2, 3, 40, 24)
+    masked = scores.masked_fill(torch.rand_like(scores) < 0.7, -torch.inf)
+    owned = masked.diagonal_scatter(torch.full((2, 3, 24), torch.inf), dim1=2, dim2=3)
+    broken = scores.index_fill(3, torch.tensor([5]), torch.nan)
+    every = [scores, masked, owned, scores.round(), broken, torch.zeros_like(scores)]
+
+    def choices() -> list[Tensor]:
+        maps = [BlockMap.top_k(x, k, query_block=1, key_block=8, across=across) for x in every for k in (1, 5, 50)]
+        return [chosen.visits for chosen in maps]
+
+    fast = choices()
+    monkeypatch.setattr("regard.ops.blocks._highest", lambda lines, count: None)
+    for ours, wanted in zip(fast, choices(), strict=True):
+        assert torch.equal(ours, wanted)
+        assert ours.stride() == wanted.stride()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Literal, Self
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -70,10 +71,14 @@ class BlockMap(Mask):
         one_of("BlockMap.top_k", "across", across, ("query", "key", "head"))
         require(count > 0, "BlockMap.top_k", f"count {count} is not positive", "choose at least one")
         lines = _lines(scores, across)
-        many = count * scores.shape[-2] if across == "head" else count
-        chosen = lines.topk(min(many, lines.shape[-1]), dim=-1, sorted=False)
-        kept = chosen.values > -torch.inf
-        return cls._of(scores, across, chosen.indices, kept, query_block, key_block, offset)
+        many = min(count * scores.shape[-2] if across == "head" else count, lines.shape[-1])
+        chosen = _highest(lines, many)
+        if chosen is None:
+            best = lines.topk(many, dim=-1, sorted=False)
+            return cls._of(scores, across, best.indices, best.values > -torch.inf, query_block, key_block, offset)
+        by_key = chosen if across == "key" else chosen.view(scores.shape).mT
+        # By key block, as below.
+        return cls(by_key.contiguous().mT, query_block, key_block, _offset(offset, scores))
 
     @classmethod
     def threshold(
@@ -201,6 +206,22 @@ def _conjuncts(mask: Mask) -> list[Mask]:
 def _lines(scores: Tensor, across: Across) -> Tensor:
     """What is chosen from, along the last axis."""
     return {"query": scores, "key": scores.mT, "head": scores.flatten(-2)}[across]
+
+
+def _highest(lines: Tensor, count: int) -> Tensor | None:
+    """Whether each is among the `count` highest of its line and not −∞; None where ties or NaN leave that open.
+
+    By numpy's partition of float32, which is about twice as fast as `topk` on a CPU.
+    """
+    fit = lines.dtype == torch.float32 and lines.device.type == "cpu" and lines.is_contiguous() and lines.numel() > 0
+    if not fit or torch.compiler.is_compiling():
+        return None
+    lines, place = lines.detach(), lines.shape[-1] - count
+    least = torch.from_numpy(np.partition(lines.numpy(), place, axis=-1)[..., place : place + 1])
+    chosen, few = lines >= least, least == -torch.inf
+    if bool(few.any()):
+        chosen &= lines > -torch.inf
+    return chosen if bool(((chosen.sum(-1, keepdim=True) == count) | few).all()) else None
 
 
 def _offset(offset: int, like: Tensor) -> Tensor | None:

@@ -189,10 +189,11 @@ class VideoMixtureOfBlock(Mechanism):
         with without_autocast(query.device):
             means = torch.einsum("bhcsd,cs->bhcd", key.to(dtype).unflatten(2, (blocks, size)), real)
             scores = query.to(dtype) @ (means / real.sum(-1, keepdim=True)).mT
-        is_own = own[:, None] == torch.arange(blocks, device=own.device)
         given = {"query_block": 1, "key_block": size, "offset": key.shape[2] - query.shape[2]}
         if self.top_k is not None:
-            return BlockMap.top_k(scores.masked_fill_(is_own, torch.inf), self.top_k, across="head", **given)
+            scores.scatter_(3, own[:, None].expand(*scores.shape[:3], 1), torch.inf)
+            return BlockMap.top_k(scores, self.top_k, across="head", **given)
+        is_own = own[:, None] == torch.arange(blocks, device=own.device)
         lowest, highest = scores.amin((-2, -1), keepdim=True), scores.amax((-2, -1), keepdim=True)
         weights = ((scores - lowest) / (highest - lowest).clamp(min=torch.finfo(dtype).tiny)).float().nan_to_num(0.0)
         others = weights.masked_fill(is_own, 0.0)

@@ -106,13 +106,15 @@ class ChosenLoop(SoftmaxLoop):
             yield from self._pieces(rows, order[rows, : int(full[rows[0]]) + asking], tiles, asking)
 
     def _pieces(self, rows: np.ndarray, chosen: np.ndarray, tiles: int, asking: int) -> Iterator[Step]:
-        """As many rows and tiles at once as keep their scores in cache, in even pieces."""
+        """As many rows and tiles at once as keep their scores in cache."""
         visited, many = chosen.shape[1], min(chosen.shape[1], LONGEST_SPAN // self.tile)
         per_head = -(-self.queries // self.tile)
         first = rows // (per_head * self.shared) * tiles
         at = rows % per_head * self.tile + self._tiles.offset
-        pieces = -(-len(rows) // max(1, MOST_KEYS // (many * self.tile)))
-        for piece in np.array_split(np.arange(len(rows)), pieces):
+        # Threads share the rows of a product.
+        threads = torch.get_num_threads()
+        most = max(1, MOST_KEYS // (many * self.tile * threads)) * threads
+        for piece in np.split(np.arange(len(rows)), range(most, len(rows), most)):
             ranges = []
             for start in range(0, visited, many):
                 some = chosen[piece, start : start + many]
