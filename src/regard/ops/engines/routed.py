@@ -37,8 +37,7 @@ class RoutedLoop(SoftmaxLoop):
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        # A query of zeros behind all others is the filling.
-        query = F.pad(self.query.flatten(0, 2).to(self.dtype) * (self.scale * self.unit), (0, 0, 0, 1))
+        query = self._scaled_into(self._with_filling(self.query.shape[-1]))
         out = query.new_zeros(len(query), self.value.shape[-1])
         lse = query.new_full((len(query), 1), self.empty_lse)
         for visit in self.visits:
@@ -85,9 +84,9 @@ class RoutedLoop(SoftmaxLoop):
 
     def _together(self, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor) -> Tensor:
         """Scaled queries, gradients of outputs, −lse and −δ side by side: one gather a visit instead of four."""
-        together = self.query.new_zeros(self.query[..., 0].numel() + 1, sum(self._widths), dtype=self.dtype)
-        query, grad, minus_lse, minus_delta = together[:-1].split(self._widths, dim=-1)
-        query.copy_(self.query.flatten(0, 2)).mul_(self.scale * self.unit)
+        together = self._with_filling(sum(self._widths))
+        self._scaled_into(together[:, : self._widths[0]])
+        _, grad, minus_lse, minus_delta = together[:-1].split(self._widths, dim=-1)
         grad.copy_(grad_out.reshape(grad.shape))
         minus_lse.copy_(-finite(lse * LOG2E).view(minus_lse.shape))
         shift = grad_lse - torch.linalg.vecdot(grad_out.to(self.dtype), out.to(self.dtype))
@@ -95,6 +94,17 @@ class RoutedLoop(SoftmaxLoop):
         # What the filling weighs: exp2(s − ∞).
         together[-1, -2] = -torch.inf
         return together
+
+    def _with_filling(self, width: int) -> Tensor:
+        """A row for every query, not set, and zeros behind them: the filling."""
+        rows = self.query.new_empty(self.query[..., 0].numel() + 1, width, dtype=self.dtype)
+        rows[-1] = 0.0
+        return rows
+
+    def _scaled_into(self, rows: Tensor) -> Tensor:
+        """Queries, scaled, in all rows but the last."""
+        torch.mul(self.query.flatten(0, 2).to(self.dtype), self.scale * self.unit, out=rows[:-1])
+        return rows
 
     def block_of(self, tensor: Tensor, visit: Visit) -> Tensor:
         """Keys (or values) of a visit's blocks: (blocks, keys of a block, width)."""
