@@ -68,6 +68,14 @@ def test_sdpa_that_falls_apart_into_products_counts_them_once():
     assert found == HEADS * 2 * product(40, WIDTH, 40)
 
 
+def test_a_product_that_falls_apart_into_rows_of_its_batch_counts_once():
+    """As torch does where an operand is the same for the whole batch."""
+    start, left, right = torch.randn(3, 40, 1), torch.randn(1, 40, WIDTH), torch.randn(3, WIDTH, 40)
+    spread = torch.ones(1, 1, 1).expand(3, 40, WIDTH)
+    for operand in (left.expand(3, -1, -1), spread):
+        assert flops(lambda operand=operand: torch.baddbmm(start, operand, right)) == 3 * product(40, WIDTH, 40)
+
+
 def test_sdpa_with_fewer_key_heads_counts_every_query_head():
     query, (key, value) = torch.randn(1, 4, 40, WIDTH), torch.randn(2, 1, 2, 40, WIDTH)
     found = flops(lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=True))

@@ -34,6 +34,7 @@ def by_definition(x: Tensor, tau: float, threshold: float, potential: Tensor) ->
 
 @pytest.mark.parametrize(("length", "tau", "threshold"), [(1, 2.0, 1.0), (2, 2.0, 0.5), (50, 2.0, 0.5), (33, 5.0, 0.2)])
 def test_spikes_potential_and_surrogate_gradients_are_those_of_the_loop(length, tau, threshold):
+    torch.manual_seed(0)
     x = (2 * torch.randn(2, length, 7, dtype=torch.float64)).requires_grad_()
     start = torch.rand(2, 7, dtype=torch.float64, requires_grad=True)
     found = leaky_integrate_and_fire(x, tau=tau, threshold=threshold, state=start)

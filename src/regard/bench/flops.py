@@ -16,9 +16,14 @@ Formula = Callable[[list[Any], list[Any]], float]
 
 
 def flops(events: Iterable[Any]) -> float:
-    """The sum over events recorded with shapes."""
-    formulas = ((_FORMULAS.get(event.name), event) for event in events)
-    return sum(formula(event.input_shapes, event.concrete_inputs) for formula, event in formulas if formula)
+    """The sum over events recorded with shapes; of products that fall apart into others, the whole alone."""
+    counted = (event for event in events if event.name in _FORMULAS and not _inside_counted(event))
+    return sum(_FORMULAS[event.name](event.input_shapes, event.concrete_inputs) for event in counted)
+
+
+def _inside_counted(event: Any) -> bool:
+    parent = event.cpu_parent
+    return parent is not None and (parent.name in _FORMULAS or _inside_counted(parent))
 
 
 def _product(shapes: list[Any], values: list[Any], *, left: int) -> float:
