@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import regard
 from regard.bench import timing
+from regard.bench.measure import work
 from regard.bench.plan import BASELINE
 from regard.bench.results import Seconds, TimingCell
 from regard.bench.timing import STEPS, Layer, time_layers
@@ -148,6 +150,24 @@ def test_forward_records_no_gradients_and_training_leaves_fresh_ones():
     for parameter, gradient in zip(layer.module.parameters(), once, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
     assert layer.x.grad is None
+
+
+def test_gradients_of_earlier_runs_leave_no_room(monkeypatch: pytest.MonkeyPatch):
+    """The profiler knows the size of what is freed only where it saw it allocated, so earlier runs are profiled too."""
+
+    def profiled(calls: list[Callable[[], object]], device: torch.device) -> list[list[float]]:
+        for call in calls:
+            work(call, device)
+        return [[1.0, 1.0, 1.0] for _ in calls]
+
+    monkeypatch.setattr(timing, "times", profiled)
+    layer = time_at([BASELINE], CAUSAL)[0].layers["multi_head"]
+    fresh = stepped("multi_head")
+    fresh.module.float()
+    fresh.x, fresh.weight = fresh.x.float(), fresh.weight.float()
+    fresh.train()
+    fresh.clear()
+    assert layer.training_peak_bytes == work(fresh.train, CPU).peak_bytes
 
 
 def test_training_reaches_the_input():

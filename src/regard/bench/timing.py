@@ -38,8 +38,12 @@ class Layer:
         with torch.no_grad():
             return self.module(*self.inputs)
 
-    def train(self) -> None:
+    def clear(self) -> None:
+        """Free the gradients of the parameters."""
         self.module.zero_grad(set_to_none=True)
+
+    def train(self) -> None:
+        self.clear()
         torch.autograd.backward(self.module(*(tensor.requires_grad_() for tensor in self.inputs)), self.weight)
         for tensor in self.inputs:
             tensor.grad = None
@@ -102,6 +106,7 @@ def time_layers(
     measured = {}
     for name, layer in layers.items():
         forward, training = (quartiles(samples[name, phase]) for phase in ("forward", "training"))
+        layer.clear()  # else the gradients of the last run, freed in this one, would count as room
         once, both = work(layer.forward, device), work(layer.train, device)
         moved = layer.bytes_moved()
         measured[name] = LayerTiming(
