@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from regard.ops.indices import hiding
+
 # Fitted to timings on a processor, in multiply-adds: the softmax of one score, copying one number of a box,
 # starting the product of one tile with its box, starting the operations of one region.
 _SCORE_COST, _COPY_COST, _TILE_COST, _REGION_COST = 24, 16, 80_000, 2_000_000
@@ -213,8 +215,7 @@ def _region(runs: tuple[Run, ...], dtype: torch.dtype) -> Region:
     visible = runs[0].visible
     for run in runs[1:]:
         visible = _outer(visible, run.visible, torch.logical_and)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return Region(runs, mask.masked_fill_(~visible, -math.inf))
+    return Region(runs, hiding(visible, dtype))
 
 
 def _outer(a: Tensor, b: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

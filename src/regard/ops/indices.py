@@ -26,3 +26,8 @@ def full_tile(answer: Tensor, queries: Span, keys: Span) -> Tensor:
     shape = queries[1] - queries[0], keys[1] - keys[0]
     answer = answer.expand(*answer.shape[:-2], *shape)
     return answer.view(*(1,) * (4 - answer.ndim), *answer.shape) if answer.ndim < 4 else answer
+
+
+def hiding(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where allowed, −∞ elsewhere."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)

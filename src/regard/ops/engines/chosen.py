@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from regard.ops.biases import Bias
 from regard.ops.blocks import BlockMap
 from regard.ops.dropout import keep_tile
-from regard.ops.engines.tile_kinds import SoftmaxLoop, hiding
+from regard.ops.engines.tile_kinds import SoftmaxLoop
 from regard.ops.engines.tile_loop import MOST_KEYS, NARROW_TILE, WIDE_TILE, Step
+from regard.ops.indices import hiding
 from regard.ops.masks import Mask, Tiles, plan
 from regard.ops.masks.base import FULL, PARTIAL
 from regard.ops.masks.plan import kept

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from regard.ops.biases import Bias
 from regard.ops.blocks import BlockMap
 from regard.ops.dropout import keep_tile
-from regard.ops.engines.tile_kinds import LOG2E, SoftmaxLoop, exponentials, finite, hiding
+from regard.ops.engines.tile_kinds import LOG2E, SoftmaxLoop, exponentials, finite
 from regard.ops.engines.tile_loop import WIDE_TILE
 from regard.ops.engines.visits import Visit, Visits
+from regard.ops.indices import hiding
 from regard.ops.masks import Mask, Tiles
 
 

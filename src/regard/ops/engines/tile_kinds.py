@@ -199,11 +199,6 @@ class _SoftplusBackward(BackwardTiles):
         return grad.sub_(self.shift).mul_((steepness - finite(self.total)).exp_()), kept
 
 
-def hiding(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: 0 where allowed, −∞ elsewhere."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
-
-
 def finite(level: Tensor) -> Tensor:
     """A logarithm that may be subtracted. Empty rows have −inf: exp(−inf − level) is 0 for every finite level."""
     return level.clamp(min=torch.finfo(level.dtype).min)

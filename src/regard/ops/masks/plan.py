@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regard.ops.indices import Span, full_tile, index_grid
+from regard.ops.indices import Span, full_tile, hiding, index_grid
 from regard.ops.masks.base import EMPTY, FULL, PARTIAL, Mask, Tiles
 
 KEY_SPAN = 512
@@ -144,8 +144,7 @@ class Plan:
         if name in self._tiles:
             return self._tiles[name]
         grid = index_grid(batch, heads, span, keys, like.device)
-        allowed = full_tile(mask.allows(*grid), span, keys)
-        tile = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, -torch.inf)
+        tile = hiding(full_tile(mask.allows(*grid), span, keys), like.dtype)
         if mask.shift_invariant or sum(tile.numel() for tile in self._tiles.values()) < _MOST_IN_TILES:
             self._tiles[name] = tile
         return tile
