@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from regard.nn import MixtureOfHeadAttention, MultiHeadAttention
@@ -16,9 +16,8 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "moh.safetensors"
 
 
 def golden(case):
-    with safe_open(GOLDEN, framework="pt") as kept:
-        names = [name for name in kept.keys() if name.startswith(f"{case}.")]  # noqa: SIM118  not a dict
-        return {name.removeprefix(f"{case}."): kept.get_tensor(name) for name in names}
+    kept = load_file(GOLDEN)
+    return {name.removeprefix(f"{case}."): tensor for name, tensor in kept.items() if name.startswith(f"{case}.")}
 
 
 def authors_names(tensors, kind):

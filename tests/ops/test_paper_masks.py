@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,9 +40,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def golden(name: str, case: str) -> dict[str, Tensor]:
-    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as kept:
-        names = [key for key in kept.keys() if key.startswith(f"{case}.")]  # noqa: SIM118  not a dict
-        return {key.removeprefix(f"{case}."): kept.get_tensor(key) for key in names}
+    kept = load_file(GOLDEN / f"{name}.safetensors")
+    return {key.removeprefix(f"{case}."): tensor for key, tensor in kept.items() if key.startswith(f"{case}.")}
 
 
 def flags(length: int, *spans: tuple[int, int]) -> Tensor:
