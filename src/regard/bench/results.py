@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from regard.sites.files import replacing
 
 SCHEMA = 1
 FILE = "results.json"
@@ -222,13 +223,9 @@ class Folder(Generic[Kept]):
 
     def write_text(self, name: str, text: str) -> Path:
         """A file of the folder, whole or not at all."""
-        target, partial = self.folder / name, self.folder / f".{name}.part"
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-        return target
+        with replacing(self.folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+        return self.folder / name
 
     def _aside(self) -> Path:
         number = 1

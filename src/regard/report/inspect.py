@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from regard.inspect.overview import Overview
 from regard.inspect.roles import BROAD, FOCUSED, LEAST, LIFT, NEAR, ROLES, Head
 from regard.inspect.tally import LINES
 from regard.ops.checks import require
+from regard.sites.files import replacing
 
 PAGE, DATA = "report.html", "overview.json"
 SCHEMA = 1
@@ -174,10 +174,6 @@ def _value(head: dict[str, Any], what: str) -> float:
 def write(folder: Path, name: str, text: str) -> Path:
     """A file of the folder, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    target, partial = folder / name, folder / f".{name}.part"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, target)
-    return target
+    with replacing(folder / name) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return folder / name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from regard.ops.checks import one_of, require
+from regard.sites.files import replacing
 from regard.sites.site import Site
 from regard.sites.tokens import GENERATED, Tokens
 
@@ -218,14 +218,8 @@ class Captured:
             "records": json.dumps(records),
         }
         tensors = {str(number): each.values.detach().cpu().contiguous() for number, each in enumerate(self.records)}
-        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
+        with replacing(target) as partial:
             save_file(tensors, partial, metadata)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Captured:
