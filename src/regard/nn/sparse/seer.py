@@ -41,13 +41,14 @@ from regard.nn.heads.gqa import GroupedQueryAttention
 from regard.nn.heads.mqa import MultiQueryAttention
 from regard.nn.heads.multi_head import MultiHeadAttention
 from regard.nn.linear.hedgehog import cross_entropy
+from regard.nn.sparse._seer_gate import AttnGate, gate_logits, known_log_softmax
 from regard.ops.attention import attention, attention_weights, attention_with_lse
 from regard.ops.blocks import BlockMap
 from regard.ops.cache import KeyValueCache
 from regard.ops.checks import one_of, require
 from regard.ops.masks import Mask, Padding
 from regard.ops.positions import rotary
-from regard.ops.precision import exact, statistics_dtype
+from regard.ops.precision import statistics_dtype
 
 THRESHOLD = 5e-4
 """The least of the scores the authors give for prompts; up to 5e-3 they call typical."""
@@ -70,39 +71,6 @@ class Heads(NamedTuple):
     places: Int[Tensor, "*batch length"]
     real: Bool[Tensor, "batch_or_1 length"]
     """Which tokens are not padding."""
-
-
-class AttnGate(nn.Module):
-    """W_q and W_k of pooled queries and keys, for each query head."""
-
-    def __init__(
-        self,
-        heads: int,
-        head_dim: int,
-        gate_dim: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.empty(heads, head_dim, gate_dim, device=device, dtype=dtype))
-        self.key = nn.Parameter(torch.empty(heads, 3 * head_dim, gate_dim, device=device, dtype=dtype))
-        for weight in (self.query, self.key):
-            bound = (6 / (weight.shape[1] + gate_dim)) ** 0.5
-            nn.init.uniform_(weight, -bound, bound)
-
-    def queries(self, query: Tensor, size: int, real: Tensor) -> Float[Tensor, "batch heads rows gate_dim"]:
-        """Means of `size` consecutive queries, projected; in at least float32."""
-        tokens, real = _blocks(query, size, real)
-        return _projected(_mean(tokens, real), self.query)
-
-    def keys(self, key: Tensor, size: int, real: Tensor) -> Float[Tensor, "batch heads blocks gate_dim"]:
-        """Largest, smallest and mean features of `size` consecutive keys, projected; in at least float32."""
-        tokens, real = _blocks(key, size, real)
-        tokens, empty = tokens.to(statistics_dtype(key.dtype)), ~real.any(-2)
-        highest = tokens.masked_fill(~real, -torch.inf).amax(-2).masked_fill(empty, 0.0)
-        lowest = tokens.masked_fill(~real, torch.inf).amin(-2).masked_fill(empty, 0.0)
-        pooled = torch.cat([highest, lowest, _mean(tokens, real)], -1)
-        return _projected(pooled.repeat_interleave(self.key.shape[0] // key.shape[1], dim=1), self.key)
 
 
 @register(
@@ -287,11 +255,11 @@ class SeerAttention(Attention):
         state = self.grown(state, heads)
         with torch.no_grad():
             gate_query = self.turned(self.gate.queries(heads.query, 1, heads.real), heads.places)
-            logits = self.logits(gate_query, state.blocks)
+            logits = gate_logits(gate_query, state.blocks)
             # The last block may not be complete: no query chooses it but as its own.
             logits = F.pad(logits, (0, -(-state.cache.length // self.block_size) - logits.shape[-1]))
             known, own = self.sight(logits, heads.real, 1, seen)
-            chosen = self.choose(_log_softmax(logits, known), known, own, 1, seen)
+            chosen = self.choose(known_log_softmax(logits, known), known, own, 1, seen)
         query = self.turned(heads.query, heads.places)
         mixed = attention(query, state.cache.key, state.cache.value, mask=_both(chosen, self.full_mask(None)))
         return self.combine(mixed), state
@@ -416,18 +384,14 @@ class SeerAttention(Attention):
         # A block stands where its first token stands.
         gate_query = self.turned(gate_query, heads.places[..., ::rows])
         gate_key = self.turned(gate_key, heads.places[..., :: self.block_size])
-        logits = self.logits(gate_query, gate_key)
+        logits = gate_logits(gate_query, gate_key)
         known, own = self.sight(logits, heads.real, rows)
-        return _log_softmax(logits, known), known, own
+        return known_log_softmax(logits, known), known, own
 
     @torch.no_grad()
     def chosen(self, heads: Heads, rows: int) -> BlockMap:
         """The blocks that rows of `rows` queries read."""
         return self.choose(*self.log_scores(heads, rows), rows)
-
-    def logits(self, gate_query: Tensor, gate_key: Tensor) -> Float[Tensor, "batch heads rows blocks"]:
-        """Scaled products of the gate's queries and keys."""
-        return _products(gate_query, gate_key) * self.gate_dim**-0.5
 
     def sight(self, logits: Tensor, real: Tensor, rows: int, seen: int = 0) -> tuple[Tensor, Tensor]:
         """Blocks a row may choose, complete by its last query with ``causal=True``, and which block is its own."""
@@ -481,35 +445,6 @@ class SeerAttention(Attention):
             places = torch.arange(first, first + whole, self.block_size, device=keys.device)
             blocks = torch.cat([blocks, self.turned(more, places)], dim=2)
         return SeerState(cache, blocks, keys[:, :, whole:].clone())
-
-
-def _blocks(x: Tensor, size: int, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens as (batch, heads, blocks, size, width), and which are tokens and no padding, as they broadcast."""
-    missing = -x.shape[2] % size
-    tokens = F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, size))
-    return tokens, F.pad(real, (0, missing)).unflatten(-1, (-1, size))[:, None, ..., None]
-
-
-@exact
-def _mean(tokens: Tensor, real: Tensor) -> Tensor:
-    total = tokens.to(statistics_dtype(tokens.dtype)).masked_fill(~real, 0.0).sum(-2)
-    return total / real.sum(-2).clamp(min=1)
-
-
-@exact
-def _projected(pooled: Tensor, weight: Tensor) -> Tensor:
-    return pooled @ weight.to(pooled.dtype)
-
-
-@exact
-def _products(query: Tensor, key: Tensor) -> Tensor:
-    return query @ key.mT
-
-
-def _log_softmax(logits: Tensor, known: Tensor) -> Tensor:
-    """Over what is known; −∞ elsewhere, and everywhere in a row that knows nothing."""
-    kept = known | ~known.any(-1, keepdim=True)
-    return logits.masked_fill(~kept, -torch.inf).log_softmax(-1).masked_fill(~known, -torch.inf)
 
 
 def _both(chosen: BlockMap, mask: Mask | None) -> Mask:
