@@ -151,6 +151,17 @@ def test_peak_does_not_count_what_was_there_before():
     assert work(lambda: x.add_(1), CPU).peak_bytes < 1000
 
 
+def test_freeing_what_was_there_before_gives_no_room():
+    held = []
+    work(lambda: held.append(torch.empty(100_000, dtype=torch.uint8)), CPU)
+
+    def exchanged():
+        held.clear()
+        held.append(torch.empty(30_000, dtype=torch.uint8))
+
+    assert work(exchanged, CPU).peak_bytes == 30_000
+
+
 class Clock:
     """Time that passes only in calls that say so."""
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from regard.ops import _linear_chunks
 from regard.ops.linear import linear_attention, linear_attention_step
+from regard.testing.checks.memory import peak_bytes
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -543,18 +543,6 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match=r"linear_attention: .* no second derivative"):
         grad.sum().backward()
-
-
-def peak_bytes(function) -> int:
-    """The most memory a call holds at once, what it returns included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("decay", ["none", "token"])

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.profiler import profile
 
 from regard.ops import _neighborhood_tiles as tiles
 from regard.ops import neighborhood
 from regard.ops.neighborhood import attends, neighborhood_attention
+from regard.testing.checks.memory import peak_bytes
 
 Options = dict[str, tuple]
 
@@ -379,7 +379,7 @@ def test_two_calls_are_bitwise_equal() -> None:
     assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
 
 
-def peak_bytes(length: int, kernel_size: int) -> int:
+def peak(length: int, kernel_size: int) -> int:
     """The most memory held at once by a forward and backward, beside its inputs."""
     tensors = inputs(length, batch=1, head_dim=16, value_dim=16, dtype=torch.float32)
 
@@ -387,18 +387,11 @@ def peak_bytes(length: int, kernel_size: int) -> int:
         torch.autograd.grad(neighborhood_attention(*tensors, kernel_size=kernel_size).sum(), tensors)
 
     run()
-    with profile(profile_memory=True) as profiled:
-        run()
-    held = most = 0
-    for event in profiled.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    return peak_bytes(run)
 
 
 def test_memory_is_linear_in_the_grid_and_below_the_scores() -> None:
-    short, long = peak_bytes(8192, 255), peak_bytes(32768, 255)
+    short, long = peak(8192, 255), peak(32768, 255)
     scores = 2 * 32768 * 255 * 4
     assert long < 4.2 * short
     assert long < scores / 2

@@ -23,7 +23,7 @@ GEMM_SIZE, COPY_BYTES = 1024, 2**27
 
 @dataclass(frozen=True)
 class Work:
-    """What one call does: floating-point operations in matrix products, and the most bytes it holds beyond what was.
+    """What one call does: floating-point operations in matrix products, and the most bytes of its own it holds.
 
     The bytes are None on a device whose allocator does not tell.
     """
@@ -93,10 +93,10 @@ def gemm_limit() -> float:
 def work(call: Callable[[], object], device: torch.device) -> Work:
     """What `call` does, by torch's profiler."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
-    gc.collect(1)  # what the call frees that was there before would count as room
-    on_cuda = device.type == "cuda"
-    before = torch.cuda.memory_allocated(device) if on_cuda else 0
+    on_cuda, before = device.type == "cuda", 0
     if on_cuda:
+        gc.collect(1)  # what the call frees that was there before would count as room
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     activities = [ProfilerActivity.CPU]
     with profile(activities=activities, profile_memory=True, record_shapes=True) as recorded:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,19 +73,34 @@ def _measure(case: Case, length: int, then: Callable[[torch.Tensor], None]) -> i
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory a call holds beyond what is there before it (CPU)."""
+    """The most memory of its own a call holds at once (CPU). What was there before gives no room when it is freed."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes lines of its own to stderr
-    gc.collect(1)  # what the call frees that was there before would count as room (a full collection takes a second)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     return peak_recorded(recorded)
 
 
 def peak_recorded(recorded: torch.profiler.profile) -> int:
-    """The most bytes held at once by the events of torch's own allocator on the CPU."""
+    """The most bytes held at once of those allocated while recording, by torch's own allocator on the CPU."""
     held = most = 0
-    for event in recorded.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess] it has run
-        if event.name() == "[memory]":
-            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue] missing in the stubs
-            most = max(most, held)
+    sizes: dict[int, int] = {}
+    memory = (event for event in _events(recorded) if event.name == "[memory]")
+    for event in sorted(memory, key=attrgetter("start_time_ns")):
+        block, change = event.extra_fields, event.extra_fields.alloc_size
+        if change > 0:
+            sizes[block.ptr] = change
+        else:
+            # The profiler reports frees of earlier blocks by chance: of those whose address it saw in another run.
+            change = -sizes.pop(block.ptr, 0)
+        held += change
+        most = max(most, held)
     return most
+
+
+def _events(recorded: torch.profiler.profile) -> Iterator[Any]:
+    results: Any = recorded.profiler and recorded.profiler.kineto_results
+    waiting = results.experimental_event_tree()[::-1]
+    while waiting:
+        event = waiting.pop()
+        yield event
+        waiting += event.children[::-1]
