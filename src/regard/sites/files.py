@@ -14,7 +14,7 @@ def replacing(target: Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield partial
-        with partial.open("rb") as file:
+        with partial.open("rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
         os.replace(partial, target)
     finally:
